@@ -1,0 +1,31 @@
+"""Average pooling before the language model: each frame's tokens are averaged in equal runs of neighbours.
+
+The simplest heuristic baseline; training-free, and the same number of tokens at every layer. The runs are those of
+``adaptive_avg_pool1d``: they differ in length by at most one where the counts do not divide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool1d
+
+from xcomp.compressor import Compressor
+
+
+class AvgPool(Compressor):
+    """(T, N, D) → (T, tokens, D)."""
+
+    @dataclass
+    class Config:
+        tokens: int = 4  # tokens a frame after pooling
+
+        def __post_init__(self) -> None:
+            if self.tokens < 1:
+                raise ValueError(f"tokens is {self.tokens}; a frame must keep at least 1")
+
+    def before_llm(self, tokens: Tensor) -> Tensor:
+        if self.config.tokens > tokens.shape[1]:
+            raise ValueError(f"avg_pool: tokens is {self.config.tokens}, but a frame has only {tokens.shape[1]}")
+        return adaptive_avg_pool1d(tokens.transpose(1, 2), self.config.tokens).transpose(1, 2)

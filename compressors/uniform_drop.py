@@ -1,0 +1,25 @@
+"""Uniform dropping: the same schedules as LP-Comp, but the kept tokens are spread evenly over the frame.
+
+Source: the "uniform" ablation of "One Token per Highly Selective Frame" (arXiv 2604.14149), Table 3, in the order of
+removal of the released code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xcomp.compressor import PlannedDrop
+
+
+class UniformDrop(PlannedDrop):
+    """Cosine schedule, evenly spread tokens."""
+
+    @dataclass
+    class Config:
+        schedule: str = "cosine"  # cosine, linear, steps, constant
+        start: int | None = None  # first count; default all tokens
+        end: int = 1  # last count
+        rounding: str = "nearest"  # nearest (released code) or ceil (paper)
+        steps: dict[int, int] | None = None  # for schedule steps: layer (1-based) → tokens kept after it
+
+    rule = "uniform"

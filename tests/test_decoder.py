@@ -1,0 +1,195 @@
+"""The decoder against transformers' own forward and against a slow reference that masks instead of dropping."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import FAMILIES, relative_error
+
+import xcomp
+from xcomp.backbone import attention_probabilities, repeat_heads, rotate
+from xcomp.decoder import Decoder
+
+PREFIX, SUFFIX = torch.tensor([5, 6, 7]), torch.tensor([8, 9, 10, 11, 12])
+COMPRESSORS = {
+    "none": {},
+    "lp_comp": {},
+    "lp_comp ceil": {"rounding": "ceil"},
+    "lp_comp steps": {"schedule": "steps", "steps": {1: 4, 3: 1}, "rule": "last_of_group"},
+    "uniform_drop": {},
+    "avg_pool": {"tokens": 3},
+}
+
+
+def compressor(name):
+    return xcomp.load_compressor(name.split()[0], **COMPRESSORS[name])
+
+
+def tokens(backbone, frames=6, seed=1):
+    torch.manual_seed(seed)
+    return backbone.encode(torch.rand(frames, 3, 2, 2))
+
+
+def reference_logits(backbone, rule, visual, prefix, suffix):
+    """All positions at every layer, float32; dropped ones are masked out as keys and stay out of the numbering."""
+    visual = rule.before_llm(visual)
+    frames, width, _ = visual.shape
+    hidden = torch.cat([backbone.embed(prefix), visual.flatten(0, 1), backbone.embed(suffix)])[None]
+    slots = torch.cat([torch.full((len(prefix),), -1), torch.arange(width).repeat(frames),
+                       torch.full((len(suffix),), -1)])
+    plan = rule.plan(backbone.num_layers, width)
+    for layer in range(backbone.num_layers):
+        alive = torch.tensor([s < 0 or s in plan[layer] for s in slots.tolist()])
+        cos, sin = backbone.rotary((alive.cumsum(0) - 1).clamp(min=0)[None])
+        normed = backbone.input_norm(layer, hidden)
+        keys, values = backbone.project_keys_values(layer, normed)
+        queries = rotate(backbone.project_queries(layer, normed), cos, sin)
+        mask = torch.ones(len(slots), len(slots), dtype=torch.bool).tril() & alive
+        mask = mask | torch.eye(len(slots), dtype=torch.bool)  # a dropped row must look somewhere
+        weights = attention_probabilities(queries, rotate(keys, cos, sin), mask)
+        attended = (weights @ repeat_heads(values, weights.shape[1])).transpose(1, 2).flatten(2)
+        hidden = backbone.output(layer, hidden, attended)
+    return backbone.head(hidden)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_compression_equals_transformers(make_backbone, family):
+    backbone = make_backbone(family=family)
+    visual = tokens(backbone)
+    embeds = torch.cat([backbone.embed(PREFIX), visual.flatten(0, 1), backbone.embed(SUFFIX)])[None]
+    with torch.no_grad():
+        theirs = backbone.lm_head(backbone.language_model(inputs_embeds=embeds).last_hidden_state)[:, -1]
+        ours = Decoder(backbone).prefill(visual, PREFIX, SUFFIX).logits
+    assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("drop_early", ["off", "output", "query"])
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_prefill_equals_masking_reference(make_backbone, name, drop_early):
+    backbone = make_backbone()
+    with torch.no_grad():
+        rule, visual = compressor(name), tokens(backbone)
+        ours = Decoder(backbone, rule, drop_early=drop_early).prefill(visual, PREFIX, SUFFIX)
+        theirs = reference_logits(backbone, rule, visual, PREFIX, SUFFIX)
+    assert relative_error(ours.logits, theirs[-1:]) < 1e-5
+    width = rule.before_llm(visual).shape[1]
+    assert ours.tokens_per_layer == [6 * len(slots) for slots in rule.plan(4, width)]
+    assert [layer.keys.shape[2] - 8 for layer in ours.cache.layers] == ours.tokens_per_layer
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_decode_and_extend_equal_a_longer_prefill(make_backbone, name):
+    backbone, extra = make_backbone(), torch.tensor([20, 21, 22])
+    with torch.no_grad():
+        decoder, visual = Decoder(backbone, compressor(name)), tokens(backbone)
+        whole = decoder.prefill(visual, PREFIX, torch.cat([SUFFIX, extra]))
+        state = decoder.prefill(visual, PREFIX, SUFFIX)
+        for token in extra:
+            logits = decoder.decode(state, token)
+        assert relative_error(logits, whole.logits) < 1e-5
+        assert torch.equal(logits, state.logits)
+        video = decoder.prefill_video(visual, PREFIX)
+        before = [layer.keys.clone() for layer in video.cache.layers]
+        first = decoder.extend(video.fork(), torch.cat([SUFFIX, extra]))
+        second = decoder.extend(video.fork(), SUFFIX)
+    assert relative_error(first.logits, whole.logits) < 1e-5
+    assert relative_error(second.logits, decoder.prefill(visual, PREFIX, SUFFIX).logits) < 1e-5
+    assert all(torch.equal(a, b.keys) for a, b in zip(before, video.cache.layers))
+    assert first.tokens_per_layer == whole.tokens_per_layer
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_a_batch_gives_the_logits_of_each_alone(make_backbone, name):
+    backbone = make_backbone()
+    torch.manual_seed(3)
+    videos = [tokens(backbone, frames, seed=frames) for frames in (2, 8, 4, 6)]
+    prefixes = [torch.randint(0, 97, (n,)) for n in (3, 2, 5, 3)]
+    suffixes = [torch.randint(0, 97, (n,)) for n in (4, 7, 1, 9)]
+    following = torch.randint(0, 97, (3, 4))
+    decoder = Decoder(backbone, compressor(name))
+    with torch.no_grad():
+        alone = []
+        for i in range(4):
+            state = decoder.prefill(videos[i], prefixes[i], suffixes[i])
+            alone.append([state.logits[0], *(decoder.decode(state, step[i])[0] for step in following)])
+        for order in itertools.islice(itertools.permutations(range(4)), 0, 24, 7):
+            state = decoder.prefill(*([x[i] for i in order] for x in (videos, prefixes, suffixes)))
+            together = [state.logits, *(decoder.decode(state, step[list(order)]) for step in following)]
+            stored = decoder.prefill_video([videos[i] for i in order], [prefixes[i] for i in order])
+            extended = decoder.extend(stored, [suffixes[i] for i in order]).logits
+            for row, i in enumerate(order):
+                for step in range(4):
+                    assert relative_error(together[step][row], alone[i][step]) < 2e-5
+                assert relative_error(extended[row], alone[i][0]) < 2e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("drop_early", ["off", "output", "query"])
+def test_gradients_equal_masking_reference(make_backbone, drop_early, checkpointing):
+    backbone, rule = make_backbone(), compressor("lp_comp")
+    backbone.train()
+    pixels, targets = torch.rand(6, 3, 2, 2), torch.tensor([1, 2, 3])
+
+    def gradients(loss):
+        backbone.zero_grad()
+        loss.backward()
+        return {k: p.grad.clone() for k, p in backbone.named_parameters() if p.grad is not None}
+
+    decoder = Decoder(backbone, rule, drop_early=drop_early, checkpointing=checkpointing)
+    logits = decoder.logits(backbone.encode(pixels), PREFIX, SUFFIX, [3])
+    ours = gradients(torch.nn.functional.cross_entropy(logits, targets))
+    theirs_logits = reference_logits(backbone, rule, backbone.encode(pixels), PREFIX, SUFFIX)[-3:]
+    theirs = gradients(torch.nn.functional.cross_entropy(theirs_logits, targets))
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    assert max(relative_error(ours[k], theirs[k]) for k in ours if theirs[k].abs().max() > 1e-8) < 1e-4
+
+
+def test_logits_of_a_batch_are_packed(make_backbone):
+    backbone = make_backbone()
+    decoder = Decoder(backbone, compressor("lp_comp"))
+    videos = [tokens(backbone, 2), tokens(backbone, 4)]
+    with torch.no_grad():
+        packed = decoder.logits(videos, [PREFIX, PREFIX], [SUFFIX, SUFFIX[:3]], [4, 2])
+        alone = [decoder.logits(v, PREFIX, s, [n]) for v, s, n in zip(videos, (SUFFIX, SUFFIX[:3]), (4, 2))]
+    assert relative_error(packed, torch.cat(alone)) < 2e-5
+
+
+def test_eager_equals_sdpa(make_backbone):
+    with torch.no_grad():
+        logits = []
+        for attn in ("sdpa", "eager"):
+            backbone = make_backbone(attn=attn)
+            logits.append(Decoder(backbone, compressor("lp_comp")).prefill(tokens(backbone), PREFIX, SUFFIX).logits)
+    assert relative_error(*logits) < 1e-5
+
+
+def test_too_many_frames_name_the_largest_number_that_fits(make_backbone):
+    backbone = make_backbone()
+    backbone.text_config.max_position_embeddings = 40
+    with pytest.raises(ValueError, match=r"6 frames make a sequence of 56 tokens.*takes 40; at most 4 frames fit"):
+        Decoder(backbone).prefill(tokens(backbone), PREFIX, SUFFIX)
+
+
+class Keeps(xcomp.Compressor):
+    def __init__(self, plan):
+        super().__init__(None)
+        self.kept = plan
+
+    def plan(self, num_layers, tokens_per_frame):
+        return self.kept
+
+
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        ([(0, 1)] * 3, "names 3 layers, but the language model has 4"),
+        ([(0, 1), (0, 1), (), ()], "keeps no token of a frame at layer 3"),
+        ([(0, 0)] * 4, "each slot once"),
+        ([(7, 8)] * 4, "names slot 8 at layer 1; a frame has slots 0..7"),
+        ([(0,), (0, 1), (0,), (0,)], "brings back slots"),
+    ],
+)
+def test_a_plan_that_breaks_its_contract_is_refused(make_backbone, plan, message):
+    backbone = make_backbone()
+    with pytest.raises(ValueError, match=message):
+        Decoder(backbone, Keeps(plan)).prefill(tokens(backbone), PREFIX, SUFFIX)

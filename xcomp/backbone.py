@@ -1,0 +1,193 @@
+"""The backbone contract: frames become visual tokens, tokens become words.
+
+A backbone is a vision path (``preprocess``, ``encode``), a prompt format (``prompt``) and a language model that is
+opened up layer by layer, so that :class:`xcomp.decoder.Decoder` can let tokens leave between layers. The language-model
+side is written once here for every decoder of the Llama family (Llama, Mistral, Qwen2, Qwen2.5, Qwen3) as
+``transformers`` builds it; a backbone file sets ``language_model`` and ``lm_head`` and writes the vision path.
+
+Shape letters: B batch, T frames, F frames a clip, N tokens a frame, S positions, D width, H heads, K head size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids around the video, each 1-D: ``prefix | video | question | header``."""
+
+    prefix_ids: Tensor
+    question_ids: Tensor
+    header_ids: Tensor
+
+    @property
+    def suffix_ids(self) -> Tensor:
+        """Everything after the video: question, then assistant header."""
+        return torch.cat([self.question_ids, self.header_ids])
+
+
+@dataclass(frozen=True)
+class ShownVideo:
+    """What a prompt may say about the video: its length in seconds and how many frames the model is shown.
+
+    ``times`` are the shown frames' time stamps in seconds, where they are known.
+    """
+
+    duration: float
+    num_frames: int
+    times: tuple[float, ...] | None = None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding in the half-split form of the Llama family.
+
+    ``x`` (B, H, S, K); ``cos``, ``sin`` (B, S, K).
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
+
+
+def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
+    """Key or value heads (B, H_kv, S, K) repeated for grouped queries → (B, H, S, K)."""
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+def attention_probabilities(
+    queries: Tensor, keys: Tensor, mask: Tensor | None = None, *, causal: bool = False
+) -> Tensor:
+    """Softmax attention in float32: (B, H, Q, K), (B, H_kv, S, K) → (B, H, Q, S). ``mask`` True where to look."""
+    scores = queries.float() @ repeat_heads(keys, queries.shape[1]).float().transpose(-1, -2)
+    scores = scores * queries.shape[-1] ** -0.5
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1)
+
+
+class Backbone(nn.Module):
+    """Base class of all backbones. A subclass fills in what is listed here."""
+
+    Config: type
+    tokens_per_frame: int  # N
+    clip_frames: int  # F; ``encode`` takes multiples of it
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+    language_model: nn.Module  # a transformers *Model: embed_tokens, layers, norm, rotary_emb
+    lm_head: nn.Module
+    tokenizer: Any
+
+    # --- what every backbone writes -------------------------------------------------------------------------------
+
+    def preprocess(self, frames: Tensor) -> Tensor:
+        """(T, H, W, 3) uint8 → (T, 3, h, w) normalised pixels."""
+        raise NotImplementedError(f"{type(self).__name__} must define preprocess(frames)")
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(T, 3, h, w) → visual tokens (T, N, D); T is a multiple of ``clip_frames``."""
+        raise NotImplementedError(f"{type(self).__name__} must define encode(pixels)")
+
+    def prompt(self, question: str, video: ShownVideo) -> Prompt:
+        """Token ids around the video for one question."""
+        raise NotImplementedError(f"{type(self).__name__} must define prompt(question, video)")
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write a checkpoint folder that ``xcomp.load_backbone`` (and the model's own code) reads."""
+        raise NotImplementedError(f"{type(self).__name__} must define save_pretrained(folder)")
+
+    def vision_modules(self) -> list[nn.Module]:
+        """The modules that turn pixels into features, without the projector: what tuning freezes by default."""
+        raise NotImplementedError(f"{type(self).__name__} must define vision_modules()")
+
+    # --- the language model, opened up ----------------------------------------------------------------------------
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.language_model.layers)
+
+    @property
+    def text_config(self) -> Any:
+        return self.language_model.config
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return (self.tokenizer.eos_token_id,)
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.embed_tokens.weight.dtype
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (…) → embeddings (…, D)."""
+        return self.language_model.embed_tokens(ids)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions (B, S) → (cos, sin), each (B, S, K), float of the model's dtype."""
+        like = self.language_model.embed_tokens.weight
+        return self.language_model.rotary_emb(like, positions)
+
+    def queries(self, layer: int, hidden: Tensor) -> Tensor:
+        """Layer input (B, S, D) → queries (B, H, S, K) before RoPE, input norm included."""
+        return self.project_queries(layer, self.input_norm(layer, hidden))
+
+    def input_norm(self, layer: int, hidden: Tensor) -> Tensor:
+        return self.language_model.layers[layer].input_layernorm(hidden)
+
+    def project_queries(self, layer: int, normed: Tensor) -> Tensor:
+        """Normed layer input (B, S, D) → queries (B, H, S, K) before RoPE."""
+        attention = self.language_model.layers[layer].self_attn
+        return self._heads(attention.q_proj(normed), attention, "q_norm").transpose(1, 2)
+
+    def project_keys_values(self, layer: int, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed layer input (B, S, D) → keys before RoPE and values, each (B, H_kv, S, K)."""
+        attention = self.language_model.layers[layer].self_attn
+        keys = self._heads(attention.k_proj(normed), attention, "k_norm")
+        values = self._heads(attention.v_proj(normed), attention, None)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    @staticmethod
+    def _heads(x: Tensor, attention: nn.Module, norm: str | None) -> Tensor:
+        x = x.unflatten(-1, (-1, attention.head_dim))
+        head_norm = getattr(attention, norm, None) if norm else None  # Qwen3 normalises each head
+        return x if head_norm is None else head_norm(x)
+
+    def attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False
+    ) -> Tensor:
+        """Attention by the chosen implementation, after RoPE: (B, H, Q, K), (B, H_kv, S, K) twice → (B, Q, H·K).
+
+        ``mask`` (B, 1, Q, S) bool, True where a query may look; ``causal`` (no mask, Q = S) lets each see up to itself.
+        """
+        attention = self.language_model.layers[layer].self_attn
+        name = self.text_config._attn_implementation
+        if name == "eager" or (name == "flash_attention_2" and mask is not None):
+            # flash-attention 2 knows no arbitrary masks; rows under one are few (a question, a decoded token).
+            attended = attention_probabilities(queries, keys, mask, causal=causal).to(values.dtype)
+            attended = (attended @ repeat_heads(values, queries.shape[1])).transpose(1, 2)
+        else:
+            attended, _ = ALL_ATTENTION_FUNCTIONS[name](
+                attention, queries, keys, values, mask, dropout=0.0, scaling=attention.scaling, is_causal=causal
+            )
+        return attended.flatten(2)
+
+    def output(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Finish a layer: residual ``hidden`` (B, S, D) and attention result ``attended`` (B, S, H·K) → (B, S, D)."""
+        block = self.language_model.layers[layer]
+        hidden = hidden + block.self_attn.o_proj(attended)
+        return hidden + block.mlp(block.post_attention_layernorm(hidden))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Last layer's output (…, D) → logits (…, V), final norm included."""
+        return self.lm_head(self.language_model.norm(hidden))

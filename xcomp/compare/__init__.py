@@ -1,0 +1,1 @@
+"""Comparing methods head to head: arms, the runner, statistics and the report."""

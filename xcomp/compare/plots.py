@@ -1,0 +1,324 @@
+"""The report's three pictures, drawn without pyplot, so that nothing global is touched and no display is needed.
+
+Colours are Okabe and Ito's (2008), which colour-blind readers can tell apart; lines differ in marker and dash as well.
+Figures are 9 inches wide: at the 900 pixels of a README column, 10 pt type is 14 pixels high.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from xcomp.compare.statistics import ArmSummary, Record
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+INK, MUTED, GRID, EVENT = "#222222", "#666666", "#E3E3E3", "#F3DE8A"
+MAX_ROWS = 12
+_DPI = 200
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What an arm is made of, as text for legends; ``frames`` is its budget, None where every frame is shown."""
+
+    name: str
+    backbone: str
+    compressor: str
+    selector: str
+    frames: int | None
+    checkpoint: str
+
+    @classmethod
+    def from_dict(cls, arm: Mapping[str, Any]) -> Arm:
+        """Reads an entry of ``arms`` in run.json; a part may be a name or a mapping with a name and options."""
+        parts = {key: part_label(arm.get(key)) for key in ("backbone", "compressor", "selector", "checkpoint")}
+        frames = arm.get("frames")
+        return cls(name=str(arm["name"]), frames=frames if isinstance(frames, int) else None, **parts)
+
+
+def part_label(part: Any) -> str:
+    """ "lp_comp", or "avg_pool (tokens=4)" for a part with options, or "none"."""
+    if not isinstance(part, Mapping):
+        return "none" if part is None else str(part)
+    options = ", ".join(f"{key}={value}" for key, value in part.items() if key not in ("name", "options"))
+    options = options or ", ".join(f"{key}={value}" for key, value in (part.get("options") or {}).items())
+    return f"{part.get('name') or 'none'}{f' ({options})' if options else ''}"
+
+
+def accuracy_plot(summaries: Sequence[ArmSummary], arms: Mapping[str, Arm]) -> Figure:
+    """Accuracy against the number of frames, a line a method; with a single number of frames, a row an arm."""
+    lines = _lines(summaries, arms)
+    if max(len(points) for points in lines.values()) == 1:
+        return _accuracy_rows(summaries)
+    figure, axes = _figure(height=4.4)
+    budgets = sorted({frames for points in lines.values() for frames, _ in points})
+    for index, (label, points) in enumerate(lines.items()):
+        # Lines stand a little apart, so that error bars do not hide each other.
+        shift = 1.035 ** (index - (len(lines) - 1) / 2)
+        x, values = [frames * shift for frames, _ in points], [summary for _, summary in points]
+        axes.errorbar(x, *_bars(values), label=label, **_style(index), capsize=3, elinewidth=1.2)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, [_number(budget) for budget in budgets])
+    axes.minorticks_off()
+    axes.set_xlabel("frames shown to the model")
+    _percent_axis(axes, "y")
+    _legend(figure, axes, len(lines))
+    return figure
+
+
+def _accuracy_rows(summaries: Sequence[ArmSummary]) -> Figure:
+    figure, axes = _figure(height=1.3 + 0.42 * len(summaries))
+    for row, summary in enumerate(summaries):
+        values, errors = _bars([summary])
+        axes.errorbar(values, [row], xerr=errors, **{**_style(0), "linestyle": "none"}, capsize=3, elinewidth=1.2)
+    axes.set_yticks(range(len(summaries)), [summary.arm for summary in summaries])
+    axes.set_ylim(len(summaries) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    _percent_axis(axes, "x")
+    return figure
+
+
+def _lines(summaries: Sequence[ArmSummary], arms: Mapping[str, Arm]) -> dict[str, list[tuple[float, ArmSummary]]]:
+    """Points (frames, summary) of each method, by its label. Arms alike but for their name are lines of their own."""
+    groups: dict[tuple[str, ...], list[tuple[float, ArmSummary]]] = defaultdict(list)
+    for summary in summaries:
+        arm = arms.get(summary.arm)
+        frames = arm.frames if arm and arm.frames else summary.num_frames
+        if frames > 0:
+            key = (arm.selector, arm.compressor, arm.backbone, arm.checkpoint) if arm else (summary.arm,)
+            groups[key].append((frames, summary))
+    tell_apart = len({key[2:] for key in groups}) > 1
+    lines = {}
+    for key, points in groups.items():
+        if len({frames for frames, _ in points}) < len(points) or len(key) == 1:
+            lines |= {summary.arm: [(frames, summary)] for frames, summary in points}
+        else:
+            names = [key[0], key[1], *([PurePath(name).name for name in key[2:] if name != "none"] * tell_apart)]
+            lines[" + ".join(names)] = sorted(points, key=lambda point: point[0])
+    return lines or {summary.arm: [(1, summary)] for summary in summaries}
+
+
+def _bars(summaries: Sequence[ArmSummary]) -> tuple[list[float], list[list[float]]]:
+    """Values and distances down and up to the interval's ends."""
+    shares = [summary.accuracy for summary in summaries]
+    return [s.value for s in shares], [[s.value - s.low for s in shares], [s.high - s.value for s in shares]]
+
+
+def _percent_axis(axes: Axes, which: str) -> None:
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
+    (axes.set_ylim if which == "y" else axes.set_xlim)(max(low, -0.02), min(high, 1.02))
+    axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=""))
+    axis.set_label_text("accuracy (%), bars: 95 % interval")
+
+
+def tokens_plot(records: Iterable[Record], arms: Mapping[str, Arm]) -> Figure | None:
+    """Visual tokens a shown frame has left at each LLM layer; None if no record says. Equal curves share a line."""
+    curves = _token_curves(records)
+    if not curves:
+        return None
+    figure, axes = _figure(height=4.0)
+    for index, (values, names) in enumerate(curves):
+        label = ", ".join(_token_labels(names, curves, arms))
+        axes.step(range(1, len(values) + 1), values, where="mid", label=label, **{**_style(index), "marker": ""})
+    axes.set_xlabel("LLM layer")
+    axes.set_ylabel("visual tokens for each frame shown")
+    axes.set_ylim(bottom=0, top=1.08 * max(values.max() for values, _ in curves))
+    axes.margins(x=0.01)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=14, min_n_ticks=1))
+    _legend(figure, axes, len(curves))
+    return figure
+
+
+def _token_curves(records: Iterable[Record]) -> list[tuple[np.ndarray, list[str]]]:
+    """Mean curve and the arms that have it (to 1 %), in order of first appearance."""
+    rows: dict[str, list[np.ndarray]] = defaultdict(list)
+    for record in records:
+        if record.get("tokens_per_layer") and record.get("num_frames") and not record.get("error"):
+            rows[record["arm"]].append(np.array(record["tokens_per_layer"]) / record["num_frames"])
+    curves: list[tuple[np.ndarray, list[str]]] = []
+    for arm, values in rows.items():
+        mean = np.mean(values, axis=0)
+        same = (names for curve, names in curves if len(curve) == len(mean) and np.allclose(curve, mean, rtol=0.01))
+        names = next(same, None)
+        if names is None:
+            curves.append((mean, [arm]))
+        else:
+            names.append(arm)
+    return curves
+
+
+def _token_labels(names: Sequence[str], curves: list[tuple[np.ndarray, list[str]]], arms: Mapping[str, Arm]) -> list:
+    """The arms' compressors, or the arm's own name where its compressor has several curves."""
+
+    def compressor(name: str) -> str:
+        return arms[name].compressor if name in arms else name
+
+    elsewhere = {compressor(name) for _, others in curves if others is not names for name in others}
+    labels = [name if compressor(name) in elsewhere else compressor(name) for name in names]
+    return list(dict.fromkeys("no compression" if label == "none" else label for label in labels))
+
+
+@dataclass(frozen=True)
+class SelectionRow:
+    """The frames one or more arms (with equal choices) showed of a video."""
+
+    label: str
+    record: Record
+
+
+def selection_example(records: Sequence[Record], arms: Mapping[str, Arm]) -> list[SelectionRow]:
+    """Rows of the selection plot: the first question with the most selectors; evidence known wins ties. May be empty.
+
+    Arms of one selector that showed the same frames (they differ in the compressor, say) share a row.
+    """
+    questions: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.get("times") and not record.get("error"):
+            questions[record["question_id"]].append(record)
+    if not questions:
+        return []
+
+    def selector(record: Record) -> str:
+        return arms[record["arm"]].selector if record["arm"] in arms else record["arm"]
+
+    best = max(questions.values(), key=lambda rows: (len({selector(r) for r in rows}), bool(rows[0].get("events"))))
+    merged: dict[tuple, list[Record]] = defaultdict(list)
+    for record in best:
+        merged[selector(record), tuple(record["times"])].append(record)
+    return [_selection_row(name, group, arms) for (name, _), group in merged.items()][:MAX_ROWS]
+
+
+def _selection_row(selector: str, group: list[Record], arms: Mapping[str, Arm]) -> SelectionRow:
+    label = group[0]["arm"] if len(group) == 1 or group[0]["arm"] not in arms else selector
+    scored = next((record for record in group if record.get("scores")), group[0])
+    return SelectionRow(label=label, record=scored)
+
+
+def selection_plot(rows: Sequence[SelectionRow]) -> Figure | None:
+    """Which frames each row's arm chose, on the video's time axis, over the spans that hold the evidence."""
+    if not rows:
+        return None
+    figure, axes = _figure(height=1.7 + 0.62 * len(rows))
+    first = rows[0].record
+    duration = first.get("duration") or max(max(row.record["times"]) for row in rows)
+    unit, scale = ("min", 60) if duration > 600 else ("s", 1)
+    for start, end in first.get("events") or []:
+        # Evidence of a second in an hour would be thinner than a pixel.
+        middle, width = (start + end) / 2, max(end - start, duration / 300)
+        axes.axvspan((middle - width / 2) / scale, (middle + width / 2) / scale, color=EVENT, zorder=0, linewidth=0)
+    for index, row in enumerate(rows):
+        _draw_selection(axes, index, row.record, scale)
+    _selection_axes(axes, rows, duration / scale, unit)
+    return figure
+
+
+def _draw_selection(axes: Axes, index: int, record: Record, scale: float) -> None:
+    colour = COLOURS[index % len(COLOURS)]
+    times = np.array(record["times"]) / scale
+    # Hundreds of ticks must not melt into a bar.
+    width = float(np.clip(160 / len(times), 0.5, 1.6))
+    axes.vlines(times, index + 0.05, index + 0.36, color=colour, linewidth=width, zorder=3)
+    curve = _score_curve(record)
+    if curve is not None:
+        axes.plot(curve[0] / scale, index - 0.02 - 0.36 * curve[1], color=colour, linewidth=0.9, alpha=0.9, zorder=2)
+
+
+def _score_curve(record: Record) -> tuple[np.ndarray, np.ndarray] | None:
+    """Candidate times in seconds and scores scaled to 0..1; None where there are none."""
+    scores, times = record.get("scores"), record.get("candidate_times")
+    if not scores or not times or len(scores) != len(times):
+        return None
+    values = np.array([np.nan if score is None else score for score in scores], dtype=np.float64)
+    values[~np.isfinite(values)] = np.nan
+    spread = np.nanmax(values) - np.nanmin(values) if np.isfinite(values).any() else 0
+    return (np.array(times), (values - np.nanmin(values)) / spread) if spread > 0 else None
+
+
+def _selection_axes(axes: Axes, rows: Sequence[SelectionRow], end: float, unit: str) -> None:
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, end)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(f"time in the video ({unit})")
+    counts = axes.secondary_yaxis("right")
+    counts.set_yticks(range(len(rows)), [_hits(row.record) for row in rows], color=MUTED, fontsize=9)
+    counts.tick_params(length=0)
+    counts.spines["right"].set_visible(False)
+    axes.set_title(_selection_title(rows), loc="left", fontsize=10, color=INK)
+
+
+def _selection_title(rows: Sequence[SelectionRow]) -> str:
+    record = rows[0].record
+    parts = ["ticks: frames shown"]
+    if any(_score_curve(row.record) is not None for row in rows):
+        parts.append("curve: frame score")
+    if record.get("events"):
+        parts.append("shaded: the evidence")
+    return f"Question {record['question_id']}  ({'; '.join(parts)})"
+
+
+def _hits(record: Record) -> str:
+    times, events = record["times"], record.get("events") or []
+    if not events:
+        return f"{len(times)} frames"
+    return f"{sum(any(start <= t <= end for start, end in events) for t in times)} of {len(times)} in evidence"
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return buffer.getvalue()
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    """A figure of README width with one quiet pair of axes; height in inches."""
+    figure = Figure(figsize=(9, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(colors=INK, labelsize=10)
+    axes.grid(visible=True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Colour, marker and dash of the index-th line; 28 lines before any two look alike."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": DASHES[(index + index // len(COLOURS)) % len(DASHES)],
+        "linewidth": 1.8,
+        "markersize": 6,
+    }
+
+
+def _legend(figure: Figure, axes: Axes, entries: int) -> None:
+    """Below the axes, where it can hide nothing; none for a single unnamed choice."""
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(3, entries),
+        frameon=False,
+        fontsize=9.5,
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"

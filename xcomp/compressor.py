@@ -1,0 +1,114 @@
+"""The compressor contract: which visual tokens survive, before the language model and between its layers.
+
+A compressor acts in one or more of three places:
+
+- ``before_llm`` changes the tokens themselves (pooling, merging);
+- ``plan`` names, ahead of time, the slots of each frame that every layer keeps (LP-Comp and its ablations);
+- ``after_layer`` decides from the data what the next layer keeps (attention-based rules).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from xcomp.backbone import attention_probabilities, rotate
+from xcomp.layout import TokenLayout, gather
+from xcomp.schedule import keep_slots, token_counts
+
+if TYPE_CHECKING:
+    from xcomp.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """What a data-dependent rule sees after layer ``layer`` (0-based): ``hidden`` (B, S, D) and who is where."""
+
+    layer: int
+    num_layers: int
+    hidden: Tensor
+    layout: TokenLayout
+    first_layout: TokenLayout  # as the sequence entered the language model
+    backbone: Backbone
+
+    def last_query_attention(self) -> Tensor:
+        """Attention of the next layer from each sample's last token to every position: (B, H, S), float32.
+
+        Probabilities over all real positions, with positions as the next layer would number them.
+        """
+        layer, backbone = self.layer + 1, self.backbone
+        normed = backbone.input_norm(layer, self.hidden)
+        keys, _ = backbone.project_keys_values(layer, normed)
+        cos, sin = backbone.rotary(torch.arange(normed.shape[1], device=normed.device).unsqueeze(0))
+        last = self.layout.last_index().unsqueeze(1)
+        query = backbone.project_queries(layer, gather(normed, last))
+        row_cos, row_sin = (x[0][last.to(x.device)] for x in (cos, sin))
+        mask = self.layout.real[:, None, None].to(normed.device)
+        probabilities = attention_probabilities(rotate(query, row_cos, row_sin), rotate(keys, cos, sin), mask)
+        return probabilities.squeeze(2)
+
+
+class Compressor(nn.Module):
+    """Base class of all compressors; the defaults keep every token."""
+
+    Config: type
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+
+    def before_llm(self, tokens: Tensor) -> Tensor:
+        """Visual tokens (T, N, D) → (T', N', D) before the first layer."""
+        return tokens
+
+    def plan(self, num_layers: int, tokens_per_frame: int) -> list[tuple[int, ...]] | None:
+        """Ascending slots (0-based, of the N that enter the language model) kept at each layer.
+
+        None means that it depends on the data: then ``after_layer`` is asked.
+        """
+        return [tuple(range(tokens_per_frame))] * num_layers
+
+    def after_layer(self, output: LayerOutput) -> Tensor | None:
+        """After a layer: (B, S) bool, True for visual positions to keep; None keeps all. Text always stays."""
+        return None
+
+
+class PlannedDrop(Compressor):
+    """Progressive dropping by a schedule and a keep rule: the common part of LP-Comp and its ablations."""
+
+    rule: str | None = None  # a subclass's fixed rule; else the option of that name
+
+    def plan(self, num_layers: int, tokens_per_frame: int) -> list[tuple[int, ...]]:
+        c = self.config
+        counts = token_counts(
+            c.schedule,
+            num_layers,
+            tokens_per_frame,
+            start=c.start,
+            end=c.end,
+            rounding=c.rounding,
+            steps=c.steps,
+        )
+        rule = self.rule or c.rule
+        return keep_slots(rule, counts, tokens_per_frame, seed=getattr(c, "seed", 0))
+
+
+def check_plan(plan: list[tuple[int, ...]], num_layers: int, tokens_per_frame: int, who: str) -> None:
+    """ValueError unless every layer keeps at least one slot, in range, once, out of those of the layer before."""
+    if len(plan) != num_layers:
+        raise ValueError(f"{who}.plan names {len(plan)} layers, but the language model has {num_layers}")
+    before = set(range(tokens_per_frame))
+    for layer, slots in enumerate(plan, start=1):
+        if not slots:
+            raise ValueError(f"{who}.plan keeps no token of a frame at layer {layer}; at least 1 must stay")
+        if list(slots) != sorted(set(slots)):
+            raise ValueError(f"{who}.plan must name each slot once and ascending; layer {layer} has {list(slots)}")
+        if slots[0] < 0 or slots[-1] >= tokens_per_frame:
+            raise ValueError(f"{who}.plan names slot {slots[0] if slots[0] < 0 else slots[-1]} at layer {layer}; "
+                             f"a frame has slots 0..{tokens_per_frame - 1}")
+        if not before.issuperset(slots):
+            raise ValueError(f"{who}.plan brings back slots dropped earlier, at layer {layer}")
+        before = set(slots)
