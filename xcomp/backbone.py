@@ -98,13 +98,17 @@ class Backbone(nn.Module):
         """Token ids around the video for one question."""
         raise NotImplementedError(f"{type(self).__name__} must define prompt(question, video)")
 
-    def save_pretrained(self, folder: str) -> None:
+    def follow_up(self, question: str) -> Tensor:
+        """Token ids that put a further question after an answer's stop token, assistant header included."""
+        raise NotImplementedError(f"{type(self).__name__} must define follow_up(question)")
+
+    def save_pretrained(self, folder: str, dtype: str | None = None) -> None:
         """Write a checkpoint folder that ``xcomp.load_backbone`` (and the model's own code) reads."""
         raise NotImplementedError(f"{type(self).__name__} must define save_pretrained(folder)")
 
-    def vision_modules(self) -> list[nn.Module]:
-        """The modules that turn pixels into features, without the projector: what tuning freezes by default."""
-        raise NotImplementedError(f"{type(self).__name__} must define vision_modules()")
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """What tuning can train or freeze: the modules of ``vision``, ``projector`` and ``llm``."""
+        raise NotImplementedError(f"{type(self).__name__} must define parts()")
 
     # --- the language model, opened up ----------------------------------------------------------------------------
 

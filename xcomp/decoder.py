@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
+from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from xcomp.backbone import Backbone, rotate
 from xcomp.compressor import Compressor, LayerOutput, check_plan
@@ -142,6 +143,32 @@ class Decoder:
         ids = torch.as_tensor(token_ids, device=self.backbone.device).reshape(-1, 1)
         self._append(self.backbone.embed(ids), TokenLayout.text([1] * len(ids)), state)
         return state.logits
+
+    @torch.no_grad()
+    def generate(
+        self, state: State, *, max_new_tokens: int = 16, repetition_penalty: float = 1.0
+    ) -> list[list[int]]:
+        """Greedy answers to a state whose prompt has been run: token ids of each sample, stop token left out.
+
+        The repetition penalty counts generated tokens only, as in VideoChat-Flash.
+        """
+        stop = set(self.backbone.stop_ids)
+        penalise = RepetitionPenaltyLogitsProcessor(repetition_penalty) if repetition_penalty != 1.0 else None
+        written = torch.empty(state.logits.shape[0], 0, dtype=torch.long, device=state.logits.device)
+        running = [True] * len(written)
+        answers: list[list[int]] = [[] for _ in running]
+        for step in range(max_new_tokens):
+            scores = penalise(written, state.logits.float()) if penalise and step else state.logits
+            chosen = scores.argmax(-1)
+            written = torch.cat([written, chosen.unsqueeze(1)], 1)
+            for row, token in enumerate(chosen.tolist()):
+                running[row] = running[row] and token not in stop
+                if running[row]:
+                    answers[row].append(token)
+            if not any(running) or step == max_new_tokens - 1:
+                return answers
+            self.decode(state, chosen)
+        return answers
 
     # --- the pass ---------------------------------------------------------------------------------------------------
 

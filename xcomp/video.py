@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -186,7 +187,7 @@ def _open(path: str, reader: str) -> _Source:
     if Path(path).is_dir():
         return _Images(path)
     openers = {"decord": _Decord, "av": _Av}
-    # decord misreads the timing of AVI and GIF files, so PyAV goes first for them.
+    # PyAV first for what VideoChat-Flash does not give to decord either.
     order = ["av", "decord"] if Path(path).suffix.lower() in (".avi", ".gif") else ["decord", "av"]
     reasons = []
     for name in order if reader == "auto" else [reader]:
@@ -259,7 +260,8 @@ class _Av:
         wanted = sorted(set(indices))
         found = dict(self._seek(wanted)) if self._keys else {}
         if len(found) < len(wanted):
-            found = {i: _rgb(frame) for i, frame in enumerate(self._decode_all()) if i in indices}
+            frames = enumerate(islice(self._decode_all(), wanted[-1] + 1))
+            found = {index: _rgb(frame) for index, frame in frames if index in set(wanted)}
         return np.stack([found[index] for index in indices])
 
     def _seek(self, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -299,7 +301,10 @@ class _Images:
     def read(self, indices: Sequence[int]) -> np.ndarray:
         from PIL import Image
 
-        pictures = {index: np.asarray(Image.open(self._files[index]).convert("RGB")) for index in set(indices)}
+        pictures = {}
+        for index in set(indices):
+            with Image.open(self._files[index]) as image:
+                pictures[index] = np.asarray(image.convert("RGB"))
         if len({picture.shape for picture in pictures.values()}) > 1:
             raise VideoError(f"{self._files[0].parent}: images differ in size")
         return np.stack([pictures[index] for index in indices])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -183,7 +184,8 @@ def _draw_distractor(rng: np.random.Generator, config: Needle.Config) -> Distrac
     x, y = rng.uniform(low, high, size=2)
     speed, angle = rng.uniform(2.0, 12.0) * scale / config.fps, rng.uniform(0, 2 * np.pi)
     velocity = (float(speed * np.cos(angle)), float(speed * np.sin(angle)))
-    return Distractor(str(rng.choice(DISTRACTORS)), str(rng.choice(list(COLOURS))), side, (float(x), float(y)), velocity)
+    shape, colour = (pool[rng.integers(len(pool))] for pool in (DISTRACTORS, tuple(COLOURS)))
+    return Distractor(shape, colour, side, (float(x), float(y)), velocity)
 
 
 def _track(side: int, size: int) -> tuple[float, float]:
@@ -331,20 +333,20 @@ def _ask(rng: np.random.Generator, spec: VideoSpec, category: str, event: Event)
     """One question of ``category`` on ``event``, with wrong options in random order."""
     others = [other for other in spec.events if other is not event]
     if category == "first":
-        first = spec.events[0]
-        return _Ask(category, "Which symbol appears first?", first.symbol, _wrong(rng, SYMBOLS, first.symbol), spec.events)
-    if category == "colour":
-        wrong = _wrong(rng, tuple(COLOURS), event.colour, [other.colour for other in others])
-        return _Ask(category, f"What colour is the {event.symbol}?", event.colour, wrong, (event,))
-    if category == "where":
-        text = f"Where on the screen is the {event.symbol}?"
-        return _Ask(category, text, event.place, _wrong(rng, PLACES, event.place), (event,))
-    return _Ask(category, f"Which symbol is {event.colour}?", event.symbol, _wrong(rng, SYMBOLS, event.symbol), (event,))
+        text, right, pool, seen = "Which symbol appears first?", spec.events[0].symbol, SYMBOLS, spec.events
+    elif category == "colour":
+        text, right, pool, seen = f"What colour is the {event.symbol}?", event.colour, tuple(COLOURS), (event,)
+    elif category == "where":
+        text, right, pool, seen = f"Where on the screen is the {event.symbol}?", event.place, PLACES, (event,)
+    else:
+        text, right, pool, seen = f"Which symbol is {event.colour}?", event.symbol, SYMBOLS, (event,)
+    # Only colours are more than there are options; the other events' must be among the wrong ones.
+    wanted = [other.colour for other in others] if category == "colour" else []
+    return _Ask(category, text, right, _wrong(rng, pool, right, wanted), seen)
 
 
-def _wrong(rng: np.random.Generator, pool: tuple[str, ...], right: str, wanted: list[str] | None = None) -> tuple[str, ...]:
+def _wrong(rng: np.random.Generator, pool: tuple[str, ...], right: str, wanted: list[str]) -> tuple[str, ...]:
     """Three values of ``pool`` other than ``right``, the ``wanted`` ones among them, in random order."""
-    wanted = wanted or []
     rest = [value for value in pool if value != right and value not in wanted]
     chosen = [*wanted, *rng.permutation(rest).tolist()][: NUM_OPTIONS - 1]
     return tuple(rng.permutation(chosen).tolist())
@@ -468,7 +470,7 @@ class Needle(Benchmark):
         if task == "describe":
             turns = [("describe", "Describe the video.", ", ".join(event.caption for event in spec.events))]
         elif task == "list":
-            turns = [("list", "List the shapes.", ", ".join(visible_shapes(spec, spec.num_frames // 2)))]
+            turns = [("list", "List the shapes.", ", ".join(visible_shapes(spec, spec.num_frames // 2)) or "nothing")]
         else:
             turns = [(q.id.split("-", 3)[3], *self._turn(q, task)) for q in self.video_questions(spec)]
         head = f"needle-{self.config.split}-{spec.index:05d}-{task}"
@@ -517,7 +519,9 @@ def _check(config: Needle.Config) -> None:
     for category in config.categories:
         _require(category in CATEGORIES, f"categories: {category!r} is not one of {', '.join(CATEGORIES)}")
     _require(len(set(config.categories)) == len(config.categories), f"categories={config.categories} has one twice")
-    _require(_num_frames(config.event_seconds, config.fps) >= 1, f"event_seconds={config.event_seconds} is no frame")
+    for name, value in (("event_seconds", config.event_seconds), *(("seconds", s) for s in config.durations)):
+        _require(math.isfinite(value), f"{name}={value} must be a number of seconds")
+        _require(_num_frames(value, config.fps) >= 1, f"{name}={value} is less than a frame at {config.fps} fps")
     for seconds in config.durations:
         _check_length(config, seconds)
 
@@ -525,7 +529,6 @@ def _check(config: Needle.Config) -> None:
 def _check_length(config: Needle.Config, seconds: float) -> None:
     """Refuses videos of ``seconds`` that cannot hold the events or answer the questions asked for."""
     frames, length = (_num_frames(s, config.fps) for s in (seconds, config.event_seconds))
-    _require(frames >= 1, f"seconds={seconds} is no frame at {config.fps} frames a second")
     fits = length >= frames or config.num_events * length <= frames
     _require(fits, f"{config.num_events} events of {config.event_seconds} s do not fit into a video of {seconds} s")
     ordered = config.num_events > 1 and length < frames

@@ -65,10 +65,10 @@ def accuracy_plot(summaries: Sequence[ArmSummary], arms: Mapping[str, Arm]) -> F
     figure, axes = _figure(height=4.4)
     budgets = sorted({frames for points in lines.values() for frames, _ in points})
     for index, (label, points) in enumerate(lines.items()):
-        # Lines stand a little apart, so that error bars do not hide each other.
-        shift = 1.035 ** (index - (len(lines) - 1) / 2)
+        # Lines stand a little apart (together at most a sixth), so that error bars do not hide each other.
+        shift = 1.17 ** ((index + 0.5) / len(lines) - 0.5)
         x, values = [frames * shift for frames, _ in points], [summary for _, summary in points]
-        axes.errorbar(x, *_bars(values), label=label, **_style(index), capsize=3, elinewidth=1.2)
+        axes.errorbar(x, *_bars(values), label=_plain(label), **_style(index), capsize=3, elinewidth=1.2)
     axes.set_xscale("log", base=2)
     axes.set_xticks(budgets, [_number(budget) for budget in budgets])
     axes.minorticks_off()
@@ -83,7 +83,7 @@ def _accuracy_rows(summaries: Sequence[ArmSummary]) -> Figure:
     for row, summary in enumerate(summaries):
         values, errors = _bars([summary])
         axes.errorbar(values, [row], xerr=errors, **{**_style(0), "linestyle": "none"}, capsize=3, elinewidth=1.2)
-    axes.set_yticks(range(len(summaries)), [summary.arm for summary in summaries])
+    axes.set_yticks(range(len(summaries)), [_plain(summary.arm) for summary in summaries])
     axes.set_ylim(len(summaries) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     _percent_axis(axes, "x")
@@ -105,9 +105,17 @@ def _lines(summaries: Sequence[ArmSummary], arms: Mapping[str, Arm]) -> dict[str
         if len({frames for frames, _ in points}) < len(points) or len(key) == 1:
             lines |= {summary.arm: [(frames, summary)] for frames, summary in points}
         else:
-            names = [key[0], key[1], *([PurePath(name).name for name in key[2:] if name != "none"] * tell_apart)]
-            lines[" + ".join(names)] = sorted(points, key=lambda point: point[0])
+            label = _method_label(key, tell_apart)
+            label = f"{label} ({points[0][1].arm})" if label in lines else label
+            lines[label] = sorted(points, key=lambda point: point[0])
     return lines or {summary.arm: [(1, summary)] for summary in summaries}
+
+
+def _method_label(key: tuple[str, ...], tell_apart: bool) -> str:
+    """ "qc_comp + lp_comp", with backbone and checkpoint where the arms of a run differ in them."""
+    selector, compressor, *rest = key
+    names = [selector, "no compression" if compressor == "none" else compressor]
+    return " + ".join(names + [PurePath(name).name for name in rest if tell_apart and name != "none"])
 
 
 def _bars(summaries: Sequence[ArmSummary]) -> tuple[list[float], list[list[float]]]:
@@ -132,7 +140,9 @@ def tokens_plot(records: Iterable[Record], arms: Mapping[str, Arm]) -> Figure | 
     figure, axes = _figure(height=4.0)
     for index, (values, names) in enumerate(curves):
         label = ", ".join(_token_labels(names, curves, arms))
-        axes.step(range(1, len(values) + 1), values, where="mid", label=label, **{**_style(index), "marker": ""})
+        axes.step(
+            range(1, len(values) + 1), values, where="mid", label=_plain(label), **{**_style(index), "marker": ""}
+        )
     axes.set_xlabel("LLM layer")
     axes.set_ylabel("visual tokens for each frame shown")
     axes.set_ylim(bottom=0, top=1.08 * max(values.max() for values, _ in curves))
@@ -173,16 +183,18 @@ def _token_labels(names: Sequence[str], curves: list[tuple[np.ndarray, list[str]
 
 @dataclass(frozen=True)
 class SelectionRow:
-    """The frames one or more arms (with equal choices) showed of a video."""
+    """The frames that one arm, or several with equal choices, showed of a video."""
 
     label: str
+    selector: str
     record: Record
 
 
 def selection_example(records: Sequence[Record], arms: Mapping[str, Arm]) -> list[SelectionRow]:
     """Rows of the selection plot: the first question with the most selectors; evidence known wins ties. May be empty.
 
-    Arms of one selector that showed the same frames (they differ in the compressor, say) share a row.
+    Of several frame budgets the one with all selectors is shown, the smallest first. Arms of one selector that showed
+    the same frames (they differ in the compressor, say) share a row.
     """
     questions: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -191,20 +203,33 @@ def selection_example(records: Sequence[Record], arms: Mapping[str, Arm]) -> lis
     if not questions:
         return []
 
-    def selector(record: Record) -> str:
-        return arms[record["arm"]].selector if record["arm"] in arms else record["arm"]
+    def selectors(rows: Iterable[Record]) -> set[str]:
+        return {_selector(record, arms) for record in rows}
 
-    best = max(questions.values(), key=lambda rows: (len({selector(r) for r in rows}), bool(rows[0].get("events"))))
+    best = max(questions.values(), key=lambda rows: (len(selectors(rows)), bool(rows[0].get("events"))))
+    for budget in sorted({len(record["times"]) for record in best}):
+        equal = [record for record in best if len(record["times"]) == budget]
+        if selectors(equal) == selectors(best):
+            return _selection_rows(equal, arms)
+    return _selection_rows(best, arms)
+
+
+def _selector(record: Record, arms: Mapping[str, Arm]) -> str:
+    return arms[record["arm"]].selector if record["arm"] in arms else record["arm"]
+
+
+def _selection_rows(records: Sequence[Record], arms: Mapping[str, Arm]) -> list[SelectionRow]:
+    """One row for each selector and choice of frames, labelled by the arm where the selector alone is ambiguous."""
     merged: dict[tuple, list[Record]] = defaultdict(list)
-    for record in best:
-        merged[selector(record), tuple(record["times"])].append(record)
-    return [_selection_row(name, group, arms) for (name, _), group in merged.items()][:MAX_ROWS]
-
-
-def _selection_row(selector: str, group: list[Record], arms: Mapping[str, Arm]) -> SelectionRow:
-    label = group[0]["arm"] if len(group) == 1 or group[0]["arm"] not in arms else selector
-    scored = next((record for record in group if record.get("scores")), group[0])
-    return SelectionRow(label=label, record=scored)
+    for record in records:
+        merged[_selector(record, arms), tuple(record["times"])].append(record)
+    names = [selector for selector, _ in merged]
+    rows = []
+    for (selector, _), group in merged.items():
+        scored = next((record for record in group if record.get("scores")), group[0])
+        label = selector if names.count(selector) == 1 else group[0]["arm"]
+        rows.append(SelectionRow(label=label, selector=selector, record=scored))
+    return sorted(rows, key=lambda row: names.index(row.selector))[:MAX_ROWS]
 
 
 def selection_plot(rows: Sequence[SelectionRow]) -> Figure | None:
@@ -219,19 +244,21 @@ def selection_plot(rows: Sequence[SelectionRow]) -> Figure | None:
         # Evidence of a second in an hour would be thinner than a pixel.
         middle, width = (start + end) / 2, max(end - start, duration / 300)
         axes.axvspan((middle - width / 2) / scale, (middle + width / 2) / scale, color=EVENT, zorder=0, linewidth=0)
+    selectors = list(dict.fromkeys(row.selector for row in rows))
     for index, row in enumerate(rows):
-        _draw_selection(axes, index, row.record, scale)
+        _draw_selection(axes, index, row.record, scale, COLOURS[selectors.index(row.selector) % len(COLOURS)])
     _selection_axes(axes, rows, duration / scale, unit)
     return figure
 
 
-def _draw_selection(axes: Axes, index: int, record: Record, scale: float) -> None:
-    colour = COLOURS[index % len(COLOURS)]
+def _draw_selection(axes: Axes, index: int, record: Record, scale: float, colour: str) -> None:
+    """Ticks at the frames; above them the score, where it is known. ``scale`` is seconds a unit of the axis."""
+    curve = _score_curve(record)
+    top, bottom = (0.05, 0.36) if curve is not None else (-0.16, 0.16)
     times = np.array(record["times"]) / scale
     # Hundreds of ticks must not melt into a bar.
     width = float(np.clip(160 / len(times), 0.5, 1.6))
-    axes.vlines(times, index + 0.05, index + 0.36, color=colour, linewidth=width, zorder=3)
-    curve = _score_curve(record)
+    axes.vlines(times, index + top, index + bottom, color=colour, linewidth=width, zorder=3)
     if curve is not None:
         axes.plot(curve[0] / scale, index - 0.02 - 0.36 * curve[1], color=colour, linewidth=0.9, alpha=0.9, zorder=2)
 
@@ -248,7 +275,7 @@ def _score_curve(record: Record) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _selection_axes(axes: Axes, rows: Sequence[SelectionRow], end: float, unit: str) -> None:
-    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_yticks(range(len(rows)), [_plain(row.label) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, end)
     axes.grid(visible=False, axis="y")
@@ -268,7 +295,7 @@ def _selection_title(rows: Sequence[SelectionRow]) -> str:
         parts.append("curve: frame score")
     if record.get("events"):
         parts.append("shaded: the evidence")
-    return f"Question {record['question_id']}  ({'; '.join(parts)})"
+    return f"Question {_plain(str(record['question_id']))}  ({'; '.join(parts)})"
 
 
 def _hits(record: Record) -> str:
@@ -281,7 +308,7 @@ def _hits(record: Record) -> str:
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -303,7 +330,7 @@ def _style(index: int) -> dict[str, Any]:
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": DASHES[(index + index // len(COLOURS)) % len(DASHES)],
+        "linestyle": DASHES[index % len(DASHES)],
         "linewidth": 1.8,
         "markersize": 6,
     }
@@ -322,3 +349,8 @@ def _legend(figure: Figure, axes: Axes, entries: int) -> None:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
+
+
+def _plain(text: str) -> str:
+    """Text as it stands: matplotlib would take what is between two dollar signs for a formula."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,29 @@
+"""Uniform selection: frames evenly spaced over the candidates, whatever the question. The arm others are held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xcomp.selector import FrameSelector
+from xcomp.video import uniform_indices
+
+
+class Uniform(FrameSelector):
+    """The middle frame of each of ``budget`` equal stretches."""
+
+    uses_video = False
+
+    @dataclass
+    class Config:
+        pass
+
+    def score_frames(self, backbone, pixels, *args, **kwargs) -> Tensor:
+        return torch.zeros(len(pixels))
+
+    def select(self, scores: Tensor, budget: int) -> list[int]:
+        if budget < 1:
+            raise ValueError(f"a frame budget of {budget} was asked for; it must be at least 1")
+        return uniform_indices(len(scores), min(budget, len(scores)))

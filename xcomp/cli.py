@@ -1,0 +1,98 @@
+"""``xcomp compare | tune | evaluate | ask | plugins``: every command reads a YAML file or plain arguments.
+
+Nothing heavy is imported before a command needs it. What a user can get wrong ends as one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import xcomp
+from xcomp.registry import KINDS, plugins
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("xcomp: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"xcomp: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="xcomp", description=xcomp.__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"xcomp {xcomp.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("compare", _compare, "run the arms of a config side by side; table, plots, report"),
+        ("tune", _tune, "tune a model with its compressor on; resumes where it stopped"),
+        ("evaluate", _evaluate, "one backbone, compressor and selector on a benchmark"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("config", help="a YAML file, or the name of a built-in config")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. benchmark.num_videos=10")
+        command.set_defaults(run=run)
+    ask = commands.add_parser("ask", help="ask a question about a video file")
+    ask.add_argument("video")
+    ask.add_argument("question")
+    ask.add_argument("--options", nargs="+", metavar="OPTION", help="answers to choose from")
+    ask.add_argument("--config", default="ask", help="a YAML file, or the name of a built-in config (default: ask)")
+    ask.add_argument("--set", nargs="+", default=[], metavar="key=value", dest="overrides", help="config overrides")
+    ask.set_defaults(run=_ask)
+    listing = commands.add_parser("plugins", help="list backbones, compressors, selectors and benchmarks")
+    listing.add_argument("folders", nargs="*", help="folders of your own plugin files")
+    listing.set_defaults(run=_plugins)
+    return parser
+
+
+def _load(options: argparse.Namespace):
+    from xcomp.config import load_config
+
+    return load_config(options.config, options.overrides)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    config = _load(options)
+    from xcomp.compare.runner import compare
+
+    compare(config)
+
+
+def _tune(options: argparse.Namespace) -> None:
+    config = _load(options)
+    from xcomp.tuning import tune
+
+    print(f"tuned model: {tune(config)}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    config = _load(options)
+    from xcomp.compare.runner import evaluate
+
+    evaluate(config)
+
+
+def _ask(options: argparse.Namespace) -> None:
+    config = _load(options)
+    from xcomp.model import VideoQA
+
+    answer = VideoQA.from_config(config).eval().ask(options.video, options.question, options.options)
+    print(answer.text if answer.choice is None else options.options[answer.choice])
+
+
+def _plugins(options: argparse.Namespace) -> None:
+    for kind in KINDS:
+        for plugin in plugins(kind, options.folders).values():
+            print(f"{kind:<11} {plugin.name:<20} {plugin.origin}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Instruction data: records, tokens and labels, batches."""

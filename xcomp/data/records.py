@@ -1,0 +1,116 @@
+"""Instruction records: one video and a conversation about it.
+
+``{"video": "a/b.mp4", "conversations": [{"from": "human", "value": "<image>\\nWhat …?"}, {"from": "gpt", "value": "…"}]}``,
+the format of the VideoChat-Flash and LLaVA mixtures. Turns may use ``role``/``content`` instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xcomp.backbone import Backbone, ShownVideo
+from xcomp.config import ConfigError, build_component
+from xcomp.registry import nearest
+
+IGNORED = -100
+_SOURCE_KEYS = ("records", "root", "benchmark", "tasks", "repeat")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A video's path and (question, answer) turns, the image placeholder taken out."""
+
+    video: str
+    turns: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class TokenisedConversation:
+    """``prefix | video | suffix`` with labels for the suffix: −100 where nothing is to be learnt."""
+
+    prefix_ids: Tensor
+    suffix_ids: Tensor
+    labels: Tensor
+
+
+def load_conversations(sources: Sequence[Any], plugins: Sequence[str] = ()) -> list[Conversation]:
+    """All conversations of a list of sources.
+
+    A source is ``{records: FILE.json|.jsonl, root: DIR}`` or ``{benchmark: …, tasks: […]}``; ``repeat: n`` takes it
+    n times an epoch.
+    """
+    found = []
+    for number, source in enumerate(sources):
+        where = f"tune.data[{number}]"
+        if not isinstance(source, Mapping) or ("records" in source) == ("benchmark" in source):
+            raise ConfigError(f"{where} must be a mapping with either 'records' (a file) or 'benchmark'")
+        for key in source:
+            if key not in _SOURCE_KEYS:
+                raise ConfigError(f"{where} has no key '{key}';{nearest(key, _SOURCE_KEYS)} keys: {', '.join(_SOURCE_KEYS)}")
+        records = _read_file(Path(source["records"])) if "records" in source else _of_benchmark(source, plugins)
+        root = str(source.get("root") or "")
+        found += [parse_record(r, root, f"{where}, record {i}") for i, r in enumerate(records)] * source.get("repeat", 1)
+    if not found:
+        raise ConfigError("there are no training records; 'tune.data' lists where they come from")
+    return found
+
+
+def _of_benchmark(source: Mapping[str, Any], plugins: Sequence[str]) -> list[dict[str, Any]]:
+    benchmark = build_component("benchmark", source["benchmark"], plugins)
+    if not hasattr(benchmark, "training_records"):
+        raise ConfigError(f"benchmark {source['benchmark']} has no training records")
+    return benchmark.training_records(**({"tasks": tuple(source["tasks"])} if "tasks" in source else {}))
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text)
+    except OSError as error:
+        raise ConfigError(f"records file '{path}' cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"records file '{path}' is not JSON: {error}") from error
+
+
+def parse_record(record: Mapping[str, Any], root: str, where: str) -> Conversation:
+    """A record checked and cleaned; ValueError says what is wrong with which."""
+    video = record.get("video")
+    if not isinstance(video, str) or not video:
+        raise ConfigError(f"{where}: 'video' must be a path, not {video!r}")
+    turns = [(t.get("from") or t.get("role"), t.get("value") or t.get("content")) for t in record["conversations"]]
+    roles = [{"human": "user", "gpt": "assistant"}.get(role, role) for role, _ in turns]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ConfigError(f"{where}: turns must alternate between human and gpt, not {roles}")
+    texts = [text for _, text in turns]
+    if sum(text.count("<image>") for text in texts) > 1:
+        raise ConfigError(f"{where}: '<image>' must stand for the one video, but occurs more than once")
+    questions = [text.replace("<image>", "").strip() for text in texts[::2]]
+    return Conversation(str(Path(root) / video), tuple(zip(questions, texts[1::2])))
+
+
+def tokenise(backbone: Backbone, conversation: Conversation, video: ShownVideo) -> TokenisedConversation:
+    """Token ids and labels; only answers and the stop token after each are supervised."""
+    (question, answer), *more = conversation.turns
+    prompt = backbone.prompt(question, video)
+    ids, labels = [prompt.suffix_ids], [torch.full_like(prompt.suffix_ids, IGNORED)]
+
+    def add(answer: str) -> None:
+        answer_ids = torch.tensor([*backbone.tokenizer(answer)["input_ids"], backbone.stop_ids[0]])
+        ids.append(answer_ids)
+        labels.append(answer_ids)
+
+    add(answer)
+    for question, answer in more:
+        ids.append(backbone.follow_up(question))
+        labels.append(torch.full_like(ids[-1], IGNORED))
+        add(answer)
+    return TokenisedConversation(prompt.prefix_ids, torch.cat(ids), torch.cat(labels))
