@@ -365,17 +365,17 @@ def text_config(architecture: dict[str, Any], attention: str) -> Qwen2Config:
     return Qwen2Config(**values, rope_parameters=rope, attn_implementation=attention)
 
 
-def local_folder(checkpoint: str) -> Path:
-    """The folder itself, or a hub id's downloaded copy."""
-    if os.path.isdir(checkpoint):
-        return Path(checkpoint)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(checkpoint)):
-        raise ValueError(f"checkpoint '{checkpoint}' is neither a folder nor a hub id like 'owner/name'")
+def local_folder(option: str, place: str) -> Path:
+    """The folder itself, or a hub id's downloaded copy; ``option`` is what the user called it."""
+    if os.path.isdir(place):
+        return Path(place)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(place)):
+        raise ValueError(f"{option} '{place}' is neither a folder nor a hub id like 'owner/name'")
     try:
-        return Path(snapshot_download(checkpoint, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.py"]))
+        return Path(snapshot_download(place, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]))
     except Exception as error:  # offline, unknown, gated: the client has many kinds of error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"checkpoint '{checkpoint}' is no folder, nor could it be downloaded: {reason}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{option} '{place}' is no folder, nor could it be downloaded: {reason}") from error
 
 
 def read_architecture(folder: Path) -> dict[str, Any]:
@@ -488,7 +488,7 @@ class VideoChatFlash(Backbone):
 
     @dataclass
     class Config:
-        """``checkpoint`` is a folder or hub id; ``architecture``, a config.json's content, gives random weights instead.
+        """``checkpoint`` is a folder or hub id; ``architecture``, a config.json's content, means random weights.
 
         ``tokenizer`` is a folder (default: the checkpoint's); ``clip_frames`` the frames encoded together (default:
         the checkpoint's); ``clip_batch`` the clips in one pass of the vision tower, which bounds its memory.
@@ -507,7 +507,7 @@ class VideoChatFlash(Backbone):
         super().__init__()
         self.config = config
         self._check_options()
-        folder = None if config.checkpoint is None else local_folder(config.checkpoint)
+        folder = None if config.checkpoint is None else local_folder("checkpoint", config.checkpoint)
         self.architecture = copy.deepcopy(config.architecture) if folder is None else read_architecture(folder)
         with torch.device("cpu" if folder is None else "meta"):
             self._build()
@@ -562,8 +562,8 @@ class VideoChatFlash(Backbone):
 
     def _keep_rotary(self) -> None:
         """Compute the rotary frequencies anew on the CPU: built on ``meta`` they hold nothing."""
-        rotary = self.language_model.rotary_emb
-        self.language_model.rotary_emb = type(rotary)(config=self.text_config, device="cpu")
+        with torch.device("cpu"):
+            self.language_model.rotary_emb = type(self.language_model.rotary_emb)(config=self.text_config)
 
     def _apply(self, fn, recurse=True):
         """Moves and casts as any module does, but leaves the rotary frequencies in float32."""
@@ -693,14 +693,15 @@ class VideoChatFlash(Backbone):
         if fixed or size[0] % patch or size[1] % patch or math.prod(size) < self.tokens_per_frame * patch**2:
             raise ValueError(f"pixels of {size} do not fit patches of {patch}; use what preprocess() returns")
 
-    def vision_modules(self) -> list[nn.Module]:
-        return [self.vision_tower]
+    def parts(self) -> dict[str, list[nn.Module]]:
+        llm = [self.language_model, self.lm_head]
+        return {"vision": [self.vision_tower], "projector": [self.projector], "llm": llm}
 
     # --- words --------------------------------------------------------------------------------------------------------
 
     def _load_tokenizer(self) -> Any:
         """The tokenizer, or None where a checkpoint folder holds none."""
-        folder = self._folder if self.config.tokenizer is None else local_folder(self.config.tokenizer)
+        folder = self._folder if self.config.tokenizer is None else local_folder("tokenizer", self.config.tokenizer)
         files = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
         if folder is not None and any((folder / name).is_file() for name in files):
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -723,5 +724,8 @@ class VideoChatFlash(Backbone):
         time = TIME.format(duration=video.duration, num_frames=video.num_frames)
         return Prompt(*(self._ids(text) for text in (PREFIX, f"\n{time} {question}", HEADER)))
 
+    def follow_up(self, question: str) -> Tensor:
+        return self._ids(f"\n<|im_start|>user\n{question}{HEADER}")
+
     def _ids(self, text: str) -> Tensor:
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, device=self.device)
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)

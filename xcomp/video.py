@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 READERS = ("auto", "decord", "av")
+# decord returns wrong frames of these wherever they have B-frames or open groups of pictures, and opens no GIF.
+_AV_FIRST = (".avi", ".gif", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".vob")
 STYLES = ("videochat_flash", "xcomp", "xcomp_training")
 Style = Literal["videochat_flash", "xcomp", "xcomp_training"]
 
@@ -187,8 +189,7 @@ def _open(path: str, reader: str) -> _Source:
     if Path(path).is_dir():
         return _Images(path)
     openers = {"decord": _Decord, "av": _Av}
-    # PyAV first for what VideoChat-Flash does not give to decord either.
-    order = ["av", "decord"] if Path(path).suffix.lower() in (".avi", ".gif") else ["decord", "av"]
+    order = ["av", "decord"] if Path(path).suffix.lower() in _AV_FIRST else ["decord", "av"]
     reasons = []
     for name in order if reader == "auto" else [reader]:
         try:
