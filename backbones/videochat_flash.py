@@ -649,6 +649,7 @@ class VideoChatFlash(Backbone):
         for filename, names in plan.filename_to_tensors.items():
             shard = {name: own[name].detach().to("cpu", dtype).contiguous() for name in names}
             save_file(shard, folder / filename, metadata={"format": "pt"})
+            (folder / filename).chmod(0o644)  # safetensors leaves it to the owner alone
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -719,8 +720,6 @@ class VideoChatFlash(Backbone):
 
     def prompt(self, question: str, video: ShownVideo) -> Prompt:
         """System line and user header | video | time message and question | assistant header."""
-        if self.tokenizer is None:
-            raise ValueError("no tokenizer files in the checkpoint folder; give tokenizer=<folder> to build prompts")
         time = TIME.format(duration=video.duration, num_frames=video.num_frames)
         return Prompt(*(self._ids(text) for text in (PREFIX, f"\n{time} {question}", HEADER)))
 
@@ -728,4 +727,6 @@ class VideoChatFlash(Backbone):
         return self._ids(f"\n<|im_start|>user\n{question}{HEADER}")
 
     def _ids(self, text: str) -> Tensor:
+        if self.tokenizer is None:
+            raise ValueError("no tokenizer files in the checkpoint folder; give tokenizer=<folder> to build prompts")
         return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)

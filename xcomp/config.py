@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import xcomp
-from xcomp.registry import build, nearest
+from xcomp.registry import build, configure, nearest
 
 TRAINABLE = ("llm", "projector", "vision")
 
@@ -217,6 +217,12 @@ def split_component(kind: str, node: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(node, Mapping) and isinstance(node.get("name"), str):
         return node["name"], {k: v for k, v in node.items() if k != "name"}
     raise ConfigError(f"{kind} is {node!r}; it must be a plugin's name or a mapping with 'name' and its options")
+
+
+def check_component(kind: str, node: Any, folders: Sequence[str] = ()) -> None:
+    """Raise what building the node's plugin would raise for its name or options; nothing is made."""
+    name, options = split_component(kind, node)
+    configure(kind, name, options, folders)
 
 
 def build_component(kind: str, node: Any, folders: Sequence[str] = ()) -> Any:

@@ -27,7 +27,7 @@ from xcomp.data.module import Sample, candidate_indices
 from xcomp.data.records import IGNORED
 from xcomp.decoder import Decoder
 from xcomp.selector import FrameSelector
-from xcomp.video import Video
+from xcomp.video import Video, VideoError
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,12 @@ class VideoQA(L.LightningModule):
 
     # --- Lightning --------------------------------------------------------------------------------------------------
 
-    def predict_step(self, batch: list[Query], batch_idx: int = 0) -> list[Answer]:
-        return self.answer(batch)
+    def predict_step(self, batch: list[tuple[Any, Query]], batch_idx: int = 0) -> list[Answer | VideoError]:
+        """Answers to (question, query) pairs; a video that cannot be read is that query's outcome, not the end."""
+        try:
+            return self.answer([query for _, query in batch])
+        except VideoError as error:
+            return [error] if len(batch) == 1 else [out for item in batch for out in self.predict_step([item])]
 
     def test_step(self, batch: list[tuple[Any, Query]], batch_idx: int = 0) -> None:
         """Accuracy over (question, query) pairs with letters for answers."""

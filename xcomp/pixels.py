@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+# Where torch resizes bytes without a detour through floats: far faster, and rounded as Pillow rounds.
+INTEGER_DEVICES = ("cpu",)
+
 
 def preprocess_frames(
     frames: Tensor,
@@ -52,7 +55,7 @@ def resize_uint8(images: Tensor, size: tuple[int, int], resample: str = "bicubic
     """(T, 3, H, W) uint8 → (T, 3, h, w) uint8, antialiased, as Pillow resizes to within a level."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
-    if images.device.type == "cpu":  # torch's integer kernel rounds as Pillow does, and is far faster
+    if images.device.type in INTEGER_DEVICES:
         return interpolate(images, size, mode=resample, antialias=True)
     wide = interpolate(images.float(), (images.shape[2], size[1]), mode=resample, antialias=True)
     # Pillow resizes rows first and rounds before the columns

@@ -186,13 +186,21 @@ def make_config(config_class: type, options: Mapping[str, Any], what: str) -> An
         raise PluginError(f"{what}: {error}") from error
 
 
-def build(kind: str, name: str, options: Mapping[str, Any] | None = None, folders: Iterable[str | Path] = ()) -> Any:
-    """Import the plugin, check its options, make it."""
+def configure(
+    kind: str, name: str, options: Mapping[str, Any] | None = None, folders: Iterable[str | Path] = ()
+) -> tuple[type, Any]:
+    """Import the plugin and check its options, without making it: (class, its Config)."""
     plugin_class = load_class(kind, name, folders)
     config_class = getattr(plugin_class, "Config", None)
     if not dataclasses.is_dataclass(config_class):
         raise PluginError(f"{kind} '{name}' breaks its contract: {plugin_class.__name__}.Config must be a dataclass")
-    return plugin_class(make_config(config_class, options or {}, f"{kind} '{name}'"))
+    return plugin_class, make_config(config_class, options or {}, f"{kind} '{name}'")
+
+
+def build(kind: str, name: str, options: Mapping[str, Any] | None = None, folders: Iterable[str | Path] = ()) -> Any:
+    """Import the plugin, check its options, make it."""
+    plugin_class, config = configure(kind, name, options, folders)
+    return plugin_class(config)
 
 
 def load_backbone(name: str, *, plugins: Iterable[str | Path] = (), **options: Any) -> Any:

@@ -38,7 +38,7 @@ def open_run(config: RunConfig, command: str, **extra: Any) -> Path:
     folder = config.folder
     description = {
         "schema": SCHEMA,
-        "command": command,
+        "kind": command,
         "name": config.name,
         "config": _plain(config.to_dict()),
         **extra,
@@ -63,7 +63,7 @@ def _check_same(path: Path, description: dict[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"'{path}' is not JSON ({error}); {way_out}") from error
-    if before.get("command") != description["command"]:
+    if before.get("kind") != description["kind"]:
         raise ConfigError(f"run folder '{path.parent}' belongs to 'xcomp {before.get('command')}'; {way_out}")
     old, new = (_flat({k: v for k, v in d["config"].items() if k not in _FREE_KEYS}) for d in (before, description))
     for key in sorted({*old, *new}):

@@ -45,13 +45,16 @@ def make_trainer(config: RunConfig, folder: Path) -> L.Trainer:
     keep = ModelCheckpoint(
         dirpath=folder / "checkpoints", filename="{step}", save_last=True, every_n_train_steps=config.tune.save_every
     )
+    callbacks = [keep, LearningRateMonitor()]
+    if config.trainer.get("enable_progress_bar", True):
+        callbacks.append(RichProgressBar())
     defaults = {
         "max_steps": config.tune.steps,
         "accelerator": "auto",
         "devices": 1,
         "gradient_clip_val": 1.0,
         "logger": [CSVLogger(folder, name="logs", version=""), TensorBoardLogger(folder, name="logs", version="")],
-        "callbacks": [keep, LearningRateMonitor(), RichProgressBar()],
+        "callbacks": callbacks,
         "enable_model_summary": False,
         "log_every_n_steps": 10,
     }
