@@ -303,7 +303,7 @@ class ToMeProjector(nn.Module):
 
 def _init_vision(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Conv3d)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))  # scales with the width, so that small towers learn too
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, InternVideo2):

@@ -61,17 +61,17 @@ class ConversationDataset(Dataset):
     def __getitem__(self, item: int) -> Sample:
         conversation = self.conversations[item]
         with Video(conversation.video, reader=self.sampling.reader) as video:
-            indices = self._indices(video, item)
+            indices = self._indices(video, item, conversation.frames or self.frames)
             pixels = self.backbone.preprocess(video.frames(indices))
             times = tuple(i / video.fps for i in indices)
             shown = ShownVideo(video.duration, len(indices), times)
         return Sample(pixels, tokenise(self.backbone, conversation, shown))
 
-    def _indices(self, video: Video, item: int) -> list[int]:
-        if not self.frames:
+    def _indices(self, video: Video, item: int, frames: tuple[int, ...]) -> list[int]:
+        if not frames:
             return candidate_indices(video, self.sampling)
         generator = torch.Generator().manual_seed(hash((self.seed, item)) & 0x7FFFFFFF)
-        count = self.frames[int(torch.randint(len(self.frames), (1,), generator=generator))]
+        count = frames[int(torch.randint(len(frames), (1,), generator=generator))]
         return uniform_indices(video.num_frames, count)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,16 @@ from xcomp.config import ConfigError, build_component
 from xcomp.registry import nearest
 
 IGNORED = -100
-_SOURCE_KEYS = ("records", "root", "benchmark", "tasks", "repeat")
+_SOURCE_KEYS = ("records", "root", "benchmark", "tasks", "frames", "repeat")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A video's path and (question, answer) turns, the image placeholder taken out."""
+    """A video's path and (question, answer) turns, the image placeholder taken out; ``frames`` to draw counts from."""
 
     video: str
     turns: tuple[tuple[str, str], ...]
+    frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class TokenisedConversation:
 def load_conversations(sources: Sequence[Any], plugins: Sequence[str] = ()) -> list[Conversation]:
     """All conversations of a list of sources.
 
-    A source is ``{records: FILE.json|.jsonl, root: DIR}`` or ``{benchmark: …, tasks: […]}``; ``repeat: n`` takes it
-    n times an epoch.
+    A source is ``{records: FILE.json|.jsonl, root: DIR}`` or ``{benchmark: …, tasks: […]}``. ``frames: [8, 16]`` are
+    the frame counts its videos are shown with (default: the run's); ``repeat: n`` takes it n times an epoch.
     """
     found = []
     for number, source in enumerate(sources):
@@ -56,7 +57,9 @@ def load_conversations(sources: Sequence[Any], plugins: Sequence[str] = ()) -> l
                 raise ConfigError(f"{where} has no key '{key}';{nearest(key, _SOURCE_KEYS)} keys: {', '.join(_SOURCE_KEYS)}")
         records = _read_file(Path(source["records"])) if "records" in source else _of_benchmark(source, plugins)
         root = str(source.get("root") or "")
-        found += [parse_record(r, root, f"{where}, record {i}") for i, r in enumerate(records)] * source.get("repeat", 1)
+        parsed = [parse_record(r, root, f"{where}, record {i}") for i, r in enumerate(records)]
+        frames = tuple(source.get("frames") or ())
+        found += [replace(c, frames=frames) for c in parsed] * source.get("repeat", 1)
     if not found:
         raise ConfigError("there are no training records; 'tune.data' lists where they come from")
     return found
