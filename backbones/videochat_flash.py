@@ -39,7 +39,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
 
-from xcomp.backbone import Backbone, Prompt, ShownVideo
+from xcomp.backbone import Backbone, Prompt, ShownVideo, check_device
+from xcomp.config import find_checkpoint
 from xcomp.pixels import preprocess_frames
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -507,7 +508,7 @@ class VideoChatFlash(Backbone):
         super().__init__()
         self.config = config
         self._check_options()
-        folder = None if config.checkpoint is None else local_folder("checkpoint", config.checkpoint)
+        folder = None if config.checkpoint is None else local_folder("checkpoint", find_checkpoint(config.checkpoint))
         self.architecture = copy.deepcopy(config.architecture) if folder is None else read_architecture(folder)
         with torch.device("cpu" if folder is None else "meta"):
             self._build()
@@ -531,6 +532,7 @@ class VideoChatFlash(Backbone):
         for option, value in (("clip_batch", config.clip_batch), ("clip_frames", config.clip_frames)):
             if value is not None and value < 1:
                 raise ValueError(f"{option} is {value}; it must be at least 1")
+        check_device(config.device)
 
     def _build(self) -> None:
         """Modules from ``architecture`` and options, on the ambient device."""
@@ -705,7 +707,8 @@ class VideoChatFlash(Backbone):
         folder = self._folder if self.config.tokenizer is None else local_folder("tokenizer", self.config.tokenizer)
         files = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
         if folder is not None and any((folder / name).is_file() for name in files):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            # Given a config, it does not read config.json, whose model type transformers would warn of.
+            return AutoTokenizer.from_pretrained(folder, config=self.text_config, trust_remote_code=False)
         if self.config.tokenizer is not None:
             raise ValueError(f"tokenizer '{folder}' holds none of {', '.join(files)}")
         return None

@@ -1,7 +1,7 @@
 """Average pooling before the language model: each frame's tokens are averaged in equal runs of neighbours.
 
 The simplest heuristic baseline; training-free, and the same number of tokens at every layer. The runs are those of
-``adaptive_avg_pool1d``: they differ in length by at most one where the counts do not divide.
+``adaptive_avg_pool1d``: where the counts do not divide, they overlap and differ in length by at most one.
 """
 
 from __future__ import annotations

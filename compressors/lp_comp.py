@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xcomp.compressor import PlannedDrop
+from xcomp.schedule import check_names
 
 
 class LPComp(PlannedDrop):
@@ -22,9 +23,14 @@ class LPComp(PlannedDrop):
     @dataclass
     class Config:
         schedule: str = "cosine"  # cosine, linear, steps, constant
-        start: int | None = None  # first count; default all tokens
-        end: int = 1  # last count
+        start: int | None = None  # tokens before the first layer; default all
+        end: int = 1  # tokens at the last layer
         rounding: str = "nearest"  # nearest (released code) or ceil (paper)
         steps: dict[int, int] | None = None  # for schedule steps: layer (1-based) → tokens kept after it
         rule: str = "suffix"  # suffix, uniform, prefix, last_of_group, random
         seed: int = 0  # for rule random
+
+        def __post_init__(self) -> None:
+            check_names(schedule=self.schedule, rounding=self.rounding, rule=self.rule)
+            if self.end < 1:
+                raise ValueError(f"end is {self.end}; a frame must keep at least 1 token")

@@ -35,13 +35,16 @@ class CLIPSimilarity(FrameSelector):
         super().__init__(config)
         folder = find_checkpoint(config.checkpoint)
         try:
-            self.clip = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
+            self.clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             processor = CLIPImageProcessorPil.from_pretrained(folder)
         except OSError as error:
             raise ValueError(f"clip_similarity: no CLIP in '{folder}': {str(error).splitlines()[0]}") from error
         self.mean, self.std = processor.image_mean, processor.image_std
         self.size = self.clip.config.vision_config.image_size
+        self.max_length = self.clip.config.text_config.max_position_embeddings
+        if self.tokenizer.eos_token_id not in self.tokenizer("a").input_ids:
+            raise ValueError(f"clip_similarity: the tokenizer in '{folder}' must close a text with its end token")
 
     @torch.no_grad()
     def score_frames(
@@ -49,7 +52,7 @@ class CLIPSimilarity(FrameSelector):
     ) -> Tensor:
         question = backbone.tokenizer.decode(question_ids).strip() if question is None else question
         device = self.clip.device
-        text = self.tokenizer([question], truncation=True, return_tensors="pt").to(device)
+        text = self.tokenizer([question], truncation=True, max_length=self.max_length, return_tensors="pt").to(device)
         wanted = normalize(self.clip.get_text_features(**text).pooler_output, dim=-1)
         scores = []
         for part in pixels.split(self.config.batch_size):
@@ -59,6 +62,7 @@ class CLIPSimilarity(FrameSelector):
 
     def _pixels(self, backbone, pixels: Tensor) -> Tensor:
         """The backbone's normalised pixels (T, 3, h, w) as CLIP's."""
-        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (backbone.pixel_mean, backbone.pixel_std))
+        values = (backbone.pixel_mean, backbone.pixel_std)
+        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in values)
         colours = ((pixels.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         return preprocess_frames(colours.permute(0, 2, 3, 1), self.size, self.mean, self.std)

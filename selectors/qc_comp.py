@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from xcomp.backbone import repeat_heads, rotate
-from xcomp.decoder import Decoder, Observation
+from xcomp.decoder import Decoder, Observation, QuestionNeeded
 from xcomp.selector import FrameSelector
 
 
@@ -72,8 +72,10 @@ class QCComp(FrameSelector):
     def layers(self, num_layers: int) -> range:
         """The layers (0-based) whose scores count."""
         first, last = (round(depth * num_layers) for depth in (self.config.first_layer, self.config.last_layer))
+        first = min(first, num_layers - 1)
         return range(first, max(last, first + 1))
 
+    @torch.no_grad()
     def score_frames(
         self, backbone, pixels, prefix_ids, question_ids, header_ids, compressor=None, *, question=None
     ) -> Tensor:
@@ -113,26 +115,32 @@ class QCComp(FrameSelector):
             )
         num_clips = math.ceil(len(tokens) / self.config.clip_frames)
         scores = torch.full((backbone.num_layers, num_clips), math.nan)
+        clip_of = torch.empty(0)
 
         def observe(seen: Observation) -> None:
+            nonlocal clip_of
+            frame = seen.layout.frame[0, seen.layout.visual[0]]
+            if seen.layer == 0:  # frames as the language model has them: merging in time makes them fewer
+                shown = int(frame.max()) + 1
+                clip_of = torch.arange(shown) * len(tokens) // shown // self.config.clip_frames
             if seen.layer in layers:
-                scores[seen.layer] = self._layer_scores(backbone, seen, parts, len(tokens), num_clips)
+                scores[seen.layer] = self._layer_scores(backbone, seen, parts, clip_of[frame], num_clips)
 
         decoder = Decoder(backbone, compressor, observer=observe, stop_layer=layers[-1] + 1)
         parts = Parts(len(prefix_ids), 0, len(question_ids), len(header_ids), skipped)
-        video = decoder.prefill_video(tokens, prefix_ids)
-        decoder.extend(video, torch.cat([torch.as_tensor(question_ids), torch.as_tensor(header_ids)]))
+        suffix_ids = torch.cat([torch.as_tensor(question_ids), torch.as_tensor(header_ids)])
+        try:
+            video = decoder.prefill_video(tokens, prefix_ids)
+        except QuestionNeeded:  # the compressor looks at the question
+            decoder.prefill(tokens, prefix_ids, suffix_ids)
+        else:
+            decoder.extend(video, suffix_ids)
         return scores
 
-    def _layer_scores(
-        self, backbone, seen: Observation, parts: Parts, num_frames: int, num_clips: int
-    ) -> Tensor:
-        """Scores (clips,) at one layer."""
-        frame = seen.layout.frame[0, seen.layout.visual[0]]
-        shown = int(frame[-1]) + 1  # frames as the language model has them: merging in time makes them fewer
-        clip = frame * num_frames // shown // self.config.clip_frames
-        edges = torch.searchsorted(clip.contiguous(), torch.arange(num_clips + 1))  # first token of each clip
-        parts = Parts(parts.prefix, len(frame), parts.question, parts.header, parts.skipped)
+    def _layer_scores(self, backbone, seen: Observation, parts: Parts, clip: Tensor, num_clips: int) -> Tensor:
+        """Scores (clips,) at one layer; ``clip`` says of each visual token in which clip it is."""
+        edges = torch.searchsorted(clip, torch.arange(num_clips + 1))  # first token of each clip
+        parts = Parts(parts.prefix, len(clip), parts.question, parts.header, parts.skipped)
         if self.config.variant == "global":
             attention = global_attention(backbone, seen, parts, causal=self.config.causal)
             return clip_means(attention, edges)
@@ -143,7 +151,7 @@ class QCComp(FrameSelector):
             attention = window_attention(backbone, seen, parts, start, stop, causal=self.config.causal)
             total[first:last] += clip_means(attention, edges[first : last + 1] - start)
             covered[first:last] += 1
-        needed = 1 if len(windows) == 1 else self.config.window_clips // self.config.window_stride
+        needed = min(self.config.window_clips // self.config.window_stride, int(covered.max()))
         return (total / covered).masked_fill(covered < needed, math.nan)
 
 
@@ -153,7 +161,8 @@ def chunk_starts(num_frames: int, config: QCComp.Config) -> tuple[int, list[int]
     Round r shifts by r·(clip / n_repeat), which moves the clips' bounds, and r·(chunk / n_repeat).
     """
     stride = min(config.chunk_frames, math.ceil(num_frames / config.clip_frames) * config.clip_frames)
-    margin = 2 * config.window_stride * config.clip_frames if config.variant == "segmented" else 0
+    discarded = config.window_clips - config.window_stride  # clips at either end of a chunk
+    margin = 2 * discarded * config.clip_frames if config.variant == "segmented" else 0
     starts = []
     for turn in range(config.n_repeat):
         shift = turn * (config.clip_frames // config.n_repeat) + turn * (stride // config.n_repeat)
@@ -223,6 +232,6 @@ def _mean_probability(logits: Tensor, head_size: int, part: slice) -> Tensor:
 
 
 def clip_means(attention: Tensor, edges: Tensor) -> Tensor:
-    """Mean of per-token ``attention`` over each clip ``edges[i]:edges[i + 1]``."""
+    """Mean of per-token ``attention`` over each clip ``edges[i]:edges[i + 1]``; 0 for a clip that has no token left."""
     sums = torch.cat([attention.new_zeros(1, dtype=torch.float64), attention.double().cumsum(0)])
-    return ((sums[edges[1:]] - sums[edges[:-1]]) / (edges[1:] - edges[:-1])).float()
+    return ((sums[edges[1:]] - sums[edges[:-1]]) / (edges[1:] - edges[:-1]).clamp(min=1)).float()

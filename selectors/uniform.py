@@ -1,4 +1,4 @@
-"""Uniform selection: frames evenly spaced over the candidates, whatever the question. The arm others are held against."""
+"""Uniform selection: frames evenly spaced over the candidates, whatever the question; what others are held against."""
 
 from __future__ import annotations
 

@@ -1,62 +1,20 @@
-"""Small backbones for tests: random language models of the Llama family with a vision path that is one linear layer."""
+"""What the tests share: small random backbones, and the measure that whole tensors are compared by."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import transformers
-from torch import nn
 
-from xcomp.backbone import Backbone, Prompt
+from xcomp.tiny import FAMILIES, TinyBackbone, tiny_backbone
 
-FAMILIES = {
-    "qwen2": ("Qwen2Config", "Qwen2Model"),
-    "qwen3": ("Qwen3Config", "Qwen3Model"),
-    "llama": ("LlamaConfig", "LlamaModel"),
-    "mistral": ("MistralConfig", "MistralModel"),
-}
-
-
-class PlainBackbone(Backbone):
-    """Any transformers language model; a frame's N tokens are linear in its pixels."""
-
-    clip_frames = 2
-
-    def __init__(self, family: str = "qwen2", layers: int = 4, tokens_per_frame: int = 8, attn: str = "sdpa"):
-        super().__init__()
-        config_name, model_name = FAMILIES[family]
-        config = getattr(transformers, config_name)(
-            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, sliding_window=None,
-        ) if family == "mistral" else getattr(transformers, config_name)(
-            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, max_position_embeddings=4096,
-        )
-        config._attn_implementation = attn
-        self.tokens_per_frame = tokens_per_frame
-        self.language_model = getattr(transformers, model_name)(config)
-        self.lm_head = nn.Linear(32, 97, bias=False)
-        self.projector = nn.Linear(12, 32 * tokens_per_frame)
-        # transformers starts biases at 0 and norms at 1; random ones make a wrong layer visible.
-        for parameter in self.parameters():
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-
-    def preprocess(self, frames):
-        return frames.permute(0, 3, 1, 2).float() / 255
-
-    def encode(self, pixels):
-        return self.projector(pixels.flatten(1)).unflatten(-1, (self.tokens_per_frame, 32))
-
-    def prompt(self, question, video):
-        ids = torch.tensor([ord(c) % 97 for c in question])
-        return Prompt(torch.tensor([1, 2, 3]), ids, torch.tensor([4, 5]))
+__all__ = ["FAMILIES", "relative_error"]
 
 
 @pytest.fixture
 def make_backbone():
-    def make(seed: int = 0, **kwargs) -> PlainBackbone:
+    def make(seed: int = 0, **kwargs) -> TinyBackbone:
         torch.manual_seed(seed)
-        return PlainBackbone(**kwargs).eval()
+        return tiny_backbone(seed, **kwargs)
 
     return make
 
@@ -65,3 +23,85 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Largest difference over largest value, on whole tensors."""
     assert ours.shape == theirs.shape, f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+# --- A whole tiny model: VideoChat-Flash's architecture with random weights, and a tokenizer of its own ---------------
+
+ARCHITECTURE = {
+    "architectures": ["VideoChatFlashQwenForCausalLM"],
+    "model_type": "videochat_flash_qwen",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.2,  # so that a random model's answers differ from one another
+    "tie_word_embeddings": True,
+    "mm_vision_tower": "umt-large",
+    "mm_vision_select_layer": -2,
+    "mm_projector_type": "tome16_mlp_hd64",
+    "mm_hidden_size": 32,
+    "mm_local_num_frames": 4,
+    "vision_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory):
+    """Folder of a byte-level tokenizer of Qwen2's form with a few words, trained on the spot."""
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "What colour is the cross? (A) red"] * 4
+    trained = Qwen2Tokenizer().train_new_from_iterator(texts, 300, new_special_tokens=special)
+    tokenizer = Qwen2Tokenizer(
+        tokenizer_object=trained.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, tiny_tokenizer):
+    """Folder of a random VideoChat-Flash of two layers, as ``save_pretrained`` writes it."""
+    import xcomp
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = xcomp.load_backbone(
+            "videochat_flash", architecture=ARCHITECTURE, tokenizer=str(tiny_tokenizer), attn_implementation="sdpa"
+        )
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    backbone.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def needle_videos(tmp_path_factory):
+    """Options of a needle set of two videos of four seconds; they are written once."""
+    import xcomp
+
+    options = {"num_videos": 2, "seconds": 4, "root": str(tmp_path_factory.mktemp("needle"))}
+    for split in ("train", "test"):
+        xcomp.load_benchmark("needle", split=split, **options).generate()
+    return options
+
+
+@pytest.fixture
+def tiny_run(tmp_path, tiny_checkpoint, needle_videos):
+    """A run's configuration as a mapping: the tiny model on the needle videos, into ``tmp_path/runs``."""
+    return {
+        "name": "tiny",
+        "output": str(tmp_path / "runs"),
+        "backbone": {"name": "videochat_flash", "checkpoint": str(tiny_checkpoint)},
+        "compressor": "lp_comp",
+        "benchmark": {"name": "needle", **needle_videos},
+        "frames": 4,
+        "sampling": {"rate": 2, "min_frames": 8, "max_frames": 8},
+        "generation": {"max_new_tokens": 3},
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+    }

@@ -45,6 +45,14 @@ class ShownVideo:
     times: tuple[float, ...] | None = None
 
 
+def check_device(name: str) -> None:
+    """ValueError unless tensors can be put on the device of that name."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding in the half-split form of the Llama family.
 

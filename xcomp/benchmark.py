@@ -51,6 +51,8 @@ class Benchmark:
 
 def multiple_choice_prompt(question: str, options: tuple[str, ...] | list[str]) -> str:
     """The question, one lettered line an option, and the request for a letter."""
+    if not 2 <= len(options) <= len(LETTERS):
+        raise ValueError(f"a question has {len(options)} options; it must have 2..{len(LETTERS)}")
     lines = [question, *(f"({LETTERS[i]}) {option}" for i, option in enumerate(options))]
     return "\n".join([*lines, "Answer with the option's letter from the given choices directly."])
 

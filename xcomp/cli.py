@@ -6,7 +6,9 @@ Nothing heavy is imported before a command needs it. What a user can get wrong e
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 import xcomp
@@ -16,15 +18,28 @@ from xcomp.registry import KINDS, plugins
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit status."""
     options = _parser().parse_args(arguments)
+    _quiet()
     try:
         options.run(options)
-    except KeyboardInterrupt:
-        print("xcomp: interrupted; the same command resumes", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print("xcomp: interrupted; the same command resumes", file=sys.stderr)  # Lightning exits by itself
         return 130
     except (ValueError, OSError) as error:
-        print(f"xcomp: error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = str(error)
+        if "Original Traceback" in text:  # of an error in a worker process; its last line is the error itself
+            text = text.splitlines()[-1]
+        print(f"xcomp: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _quiet() -> None:
+    """Hold back what Lightning says about hardware, products and itself; its other warnings are shown."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (r"`isinstance\(treespec, LeafSpec\)`", "You have overridden `transfer_batch_to_device`"):
+        warnings.filterwarnings("ignore", message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,6 +97,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _ask(options: argparse.Namespace) -> None:
     config = _load(options)
+    from xcomp.video import Video
+
+    Video(options.video, reader=config.sampling.reader).close()  # before a large model is loaded for nothing
     from xcomp.model import VideoQA
 
     answer = VideoQA.from_config(config).eval().ask(options.video, options.question, options.options)

@@ -16,6 +16,7 @@ import xcomp
 from xcomp.registry import build, configure, nearest
 
 TRAINABLE = ("llm", "projector", "vision")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ConfigError(ValueError):
@@ -139,10 +140,13 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if "=" not in override:
             raise ConfigError(f"override '{override}' is not of the form key=value")
     try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.load(path)
+        given.merge_with_dotlist(list(overrides))
         content = OmegaConf.to_container(given, resolve=True)
-    except (YAMLError, OmegaConfBaseException, OSError) as error:
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config '{path}' cannot be read: {' '.join(str(error).split())}") from error
+    except (TypeError, IndexError) as error:
+        raise ConfigError(f"config '{path}' does not take the overrides {list(overrides)}: {error}") from error
     return parse_config(content, str(path))
 
 
@@ -155,13 +159,17 @@ def parse_config(content: Any, where: str) -> RunConfig:
         raise ConfigError(f"config '{where}' must be a mapping of keys, not {type(content).__name__}")
     _check_keys(RunConfig, content, where)
     for part, node in (("sampling", Sampling), ("generation", Generation), ("tune", Tune)):
-        _check_keys(node, content.get(part) or {}, f"{where}: {part}")
-    for number, arm in enumerate(content.get("arms") or []):
+        _check_keys(node, content.get(part, {}), f"{where}: {part}")
+    arms = content.get("arms") or []
+    if not isinstance(arms, list):
+        raise ConfigError(f"config '{where}': arms must be a list of mappings, not {arms!r}")
+    for number, arm in enumerate(arms):
         _check_keys(Arm, arm, f"{where}: arms[{number}]")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), content))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"config '{where}', key '{error.full_key}': {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, TypeError) as error:
+        key = f", key '{error.full_key}'" if getattr(error, "full_key", None) else ""
+        raise ConfigError(f"config '{where}'{key}: {str(error).splitlines()[0]}") from error
     _check_ranges(config, where)
     return config
 
@@ -182,13 +190,28 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         (config.tune.steps >= 1, f"tune.steps is {config.tune.steps}; it must be at least 1"),
         (config.tune.save_every >= 1, f"tune.save_every is {config.tune.save_every}; it must be at least 1"),
         (config.tune.learning_rate > 0, f"tune.learning_rate is {config.tune.learning_rate}; it must be above 0"),
+        (0 <= config.seed < 2**32, f"seed is {config.seed}; it must be 0..{2**32 - 1}"),
         (config.limit is None or config.limit >= 1, f"limit is {config.limit}; it must be at least 1"),
         (config.sampling.rate > 0, f"sampling.rate is {config.sampling.rate}; it must be above 0 frames a second"),
         (
             config.generation.max_new_tokens >= 1,
             f"generation.max_new_tokens is {config.generation.max_new_tokens}; it must be at least 1",
         ),
-        (bool(config.name) and Path(config.name).name == config.name, f"name is '{config.name}'; it must be a plain name"),
+        (
+            config.generation.repetition_penalty > 0,
+            f"generation.repetition_penalty is {config.generation.repetition_penalty}; it must be above 0",
+        ),
+        (config.tune.weight_decay >= 0, f"tune.weight_decay is {config.tune.weight_decay}; it must be at least 0"),
+        (0 <= config.tune.warmup_ratio <= 1, f"tune.warmup_ratio is {config.tune.warmup_ratio}; it must be 0..1"),
+        (config.tune.num_workers >= 0, f"tune.num_workers is {config.tune.num_workers}; it must be at least 0"),
+        (
+            config.tune.save_dtype in (None, *DTYPES),
+            f"tune.save_dtype is '{config.tune.save_dtype}'; it must be one of {', '.join(DTYPES)}",
+        ),
+        (
+            config.name not in ("", "..") and Path(config.name).name == config.name,
+            f"name is '{config.name}'; it must be a plain name",
+        ),
         *(
             (part in TRAINABLE, f"tune.train names '{part}';{nearest(part, TRAINABLE)} parts: {', '.join(TRAINABLE)}")
             for part in config.tune.train
@@ -199,11 +222,26 @@ def _check_ranges(config: RunConfig, where: str) -> None:
     for holds, message in rules:
         if not holds:
             raise ConfigError(f"config '{where}': {message}")
+    _check_sampling(config.sampling, where)
+
+
+def _check_sampling(sampling: Sampling, where: str) -> None:
+    from xcomp.video import READERS, sample_indices  # imports torch: not before all else holds
+
+    if sampling.reader not in READERS:
+        raise ConfigError(f"config '{where}': sampling.reader is '{sampling.reader}'; readers: {', '.join(READERS)}")
+    rule = {key: value for key, value in dataclasses.asdict(sampling).items() if key != "reader"}
+    try:
+        sample_indices(1000, 25.0, **rule)
+    except ValueError as error:
+        raise ConfigError(f"config '{where}', sampling: {error}") from error
 
 
 def frame_budgets(frames: Any, where: str) -> list[int | None]:
     """``frames`` of a run or an arm as a list: a number, several, or None for all candidates."""
     values = frames if isinstance(frames, (list, tuple)) else [frames]
+    if not values:
+        raise ConfigError(f"config '{where}': frames is an empty list; leave it out for all candidate frames")
     for value in values:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(f"config '{where}': frames is {value!r}; it must be a number of frames of at least 1")

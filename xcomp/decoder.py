@@ -29,6 +29,10 @@ from xcomp.layout import TokenLayout, gather
 DROP_EARLY = ("auto", "off", "output", "query")
 
 
+class QuestionNeeded(ValueError):
+    """A video cannot be run without its question: the compressor decides from both."""
+
+
 @dataclass
 class State:
     """What a pass leaves behind: the caches, who is where in them, and the logits after the last token."""
@@ -59,8 +63,8 @@ class State:
 
 @dataclass(frozen=True)
 class Observation:
-    """What an observer sees at a layer: ``queries`` (B, H, R, K) of the new rows before RoPE, ``keys`` (B, H_kv, S, K)
-    as cached (after RoPE), and the cache's ``layout``; the R new rows are its last R positions."""
+    """What an observer sees at a layer: ``queries`` (B, H, R, K) of the suffix before RoPE, ``keys`` (B, H_kv, S, K)
+    as cached (after RoPE), and the cache's ``layout``; the R rows of the suffix are its last R positions."""
 
     layer: int
     queries: Tensor
@@ -73,8 +77,8 @@ class Decoder:
 
     ``drop_early`` says what a token that a planned rule drops after a layer skips in that layer: ``output`` its output
     projection and MLP, ``query`` its query too (under an explicit mask), ``off`` nothing; ``auto`` picks per device.
-    ``observer`` is called with an :class:`Observation` at the layers below ``stop_layer`` while new rows run over a
-    stored video, and the pass ends at ``stop_layer``.
+    ``observer`` is called with an :class:`Observation` at the layers below ``stop_layer`` when a suffix runs, over a
+    stored video or in one pass with it (one sample at a time), and the pass ends at ``stop_layer``.
     """
 
     def __init__(
@@ -104,8 +108,14 @@ class Decoder:
         hidden, layout, tokens_per_frame, batched = self._assemble(tokens, prefix_ids, suffix_ids)
         state = State(DynamicCache(), [], None, batched)
         last = layout.last_index().unsqueeze(1)
-        rows = self._run(hidden, layout, tokens_per_frame, wanted=last, state=state)
-        state.logits = self.backbone.head(rows[:, 0])
+        observed = 0
+        if self.observer is not None:
+            if len(hidden) > 1:
+                raise ValueError(f"an observer follows one sample at a time, not {len(hidden)}")
+            observed = len(_as_list(suffix_ids)[0]) if batched else len(suffix_ids)
+        rows = self._run(hidden, layout, tokens_per_frame, wanted=last, state=state, observed=observed)
+        if self.stop_layer == self.backbone.num_layers:
+            state.logits = self.backbone.head(rows[:, 0])
         return state
 
     def logits(self, tokens: Any, prefix_ids: Any, suffix_ids: Any, num_logits: Sequence[int]) -> Tensor:
@@ -121,9 +131,10 @@ class Decoder:
         """Run ``[prefix | video]`` alone, for any number of questions. Needs a rule that does not see the question."""
         batched = isinstance(tokens, (list, tuple))
         empty = torch.empty(0, dtype=torch.long)
-        hidden, layout, tokens_per_frame, _ = self._assemble(tokens, prefix_ids, [empty] * len(tokens) if batched else empty)
+        suffixes = [empty] * len(tokens) if batched else empty
+        hidden, layout, tokens_per_frame, _ = self._assemble(tokens, prefix_ids, suffixes)
         if self._plan(tokens_per_frame) is None:
-            raise ValueError(
+            raise QuestionNeeded(
                 f"{type(self.compressor).__name__} decides from the question, so a video cannot be stored without one"
             )
         state = State(DynamicCache(), [], None, batched)
@@ -179,7 +190,7 @@ class Decoder:
         return plan
 
     def _assemble(self, tokens: Any, prefix_ids: Any, suffix_ids: Any) -> tuple[Tensor, TokenLayout, int, bool]:
-        """Embedded sequences (B, S, D) padded on the right, their layout, tokens a frame, and whether it was a batch."""
+        """Embedded sequences (B, S, D) padded on the right, their layout, tokens a frame, and if it was a batch."""
         batched = isinstance(tokens, (list, tuple))
         videos = [self.compressor.before_llm(t) for t in (tokens if batched else [tokens])]
         prefixes = [_ids(i) for i in (_as_list(prefix_ids) if batched else [prefix_ids])]
@@ -213,11 +224,18 @@ class Decoder:
                                  f"{limit}; at most {fits} frames fit")
 
     def _run(
-        self, hidden: Tensor, layout: TokenLayout, tokens_per_frame: int, *, wanted: Tensor | None, state: State | None
+        self,
+        hidden: Tensor,
+        layout: TokenLayout,
+        tokens_per_frame: int,
+        *,
+        wanted: Tensor | None,
+        state: State | None,
+        observed: int = 0,
     ) -> Tensor | None:
         """All layers over whole sequences. ``wanted`` (B, R): positions whose last-layer output is returned (B, R, D).
 
-        With ``wanted`` None the last layer only stores keys and values.
+        With ``wanted`` None the last layer only stores keys and values. ``observed``: last positions that are observed.
         """
         plan = self._plan(tokens_per_frame)
         first = layout
@@ -229,8 +247,11 @@ class Decoder:
             cos, sin = (t[:, : layout.width] for t in tables)
             if state is not None:
                 state.layouts.append(layout)
+            entering, inside = hidden, layout
             if layer == self.stop_layer - 1:
-                return self._layer(layer, hidden, layout, cos, sin, state, wanted, masked=True, none=wanted is None)
+                rows = self._layer(layer, hidden, layout, cos, sin, state, wanted, masked=True, none=wanted is None)
+                self._observe(layer, entering, inside, state, observed)
+                return rows
             if plan is not None and len(plan[layer + 1]) < len(plan[layer]):
                 keep = layout.keep_slots(plan[layer + 1], tokens_per_frame)
                 index, kept, wanted = _reduce(layout, keep, wanted)
@@ -240,8 +261,9 @@ class Decoder:
                 )
                 hidden = hidden if early is not None else gather(hidden, index)
                 layout = kept
-                continue
-            hidden = self._layer(layer, hidden, layout, cos, sin, state, None)
+            else:
+                hidden = self._layer(layer, hidden, layout, cos, sin, state, None)
+            self._observe(layer, entering, inside, state, observed)
             if plan is None:
                 output = LayerOutput(layer, self.backbone.num_layers, hidden, layout, first, self.backbone)
                 keep = self.compressor.after_layer(output)
@@ -249,6 +271,12 @@ class Decoder:
                     index, layout, wanted = _reduce(layout, self._check_keep(keep, layout), wanted)
                     hidden = hidden if index is None else gather(hidden, index)
         raise AssertionError("a language model has at least one layer")
+
+    def _observe(self, layer: int, hidden: Tensor, layout: TokenLayout, state: State | None, rows: int) -> None:
+        """Show the observer the last ``rows`` positions of a layer's input, beside the keys that the layer stored."""
+        if rows:
+            queries = self.backbone.queries(layer, hidden[:, -rows:])
+            self.observer(Observation(layer, queries, state.cache.layers[layer].keys, layout))
 
     def _check_keep(self, keep: Tensor, layout: TokenLayout) -> Tensor:
         if keep.dtype != torch.bool or keep.shape != layout.real.shape:
@@ -299,7 +327,7 @@ class Decoder:
         return backbone.output(layer, gather(hidden, rows), attended)
 
     def _append(self, hidden: Tensor, new: TokenLayout, state: State) -> None:
-        """Run new text rows (B, R, D) over the stored caches; only the last row of each sample leaves the last layer."""
+        """Run new text rows (B, R, D) over the stored caches; only each sample's last row leaves the last layer."""
         backbone, device = self.backbone, hidden.device
         tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         offset = torch.arange(new.width)

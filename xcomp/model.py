@@ -21,13 +21,13 @@ from transformers import get_cosine_schedule_with_warmup
 from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.benchmark import multiple_choice_prompt, parse_letter
 from xcomp.compressor import Compressor
-from xcomp.config import Generation, RunConfig, Sampling, Tune, build_component
+from xcomp.config import ConfigError, Generation, RunConfig, Sampling, Tune, build_component
 from xcomp.cost import LLMShape, prefill_cost
 from xcomp.data.module import Sample, candidate_indices
 from xcomp.data.records import IGNORED
 from xcomp.decoder import Decoder
 from xcomp.selector import FrameSelector
-from xcomp.video import Video, VideoError
+from xcomp.video import Video, VideoError, check_budget
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,21 @@ class VideoQA(L.LightningModule):
         self.tune = tune or Tune()
         self.decoder = Decoder(self.backbone, self.compressor, checkpointing=self.tune.gradient_checkpointing)
         self.accuracy = MeanMetric()
-        if frames is not None and frames % backbone.clip_frames:
-            raise ValueError(
-                f"a budget of {frames} frames does not divide into encoder clips of {backbone.clip_frames}; "
-                f"take {frames // backbone.clip_frames * backbone.clip_frames or backbone.clip_frames}"
-            )
+        if frames is not None:
+            check_budget(frames, backbone.clip_frames)
+        for name in ("multiple", "min_frames"):
+            count = getattr(self.sampling, name)
+            if count % backbone.clip_frames:
+                raise ValueError(
+                    f"sampling.{name} is {count}; it must be a multiple of {backbone.clip_frames}, "
+                    "the frames that the backbone encodes together"
+                )
 
     @classmethod
     def from_config(cls, config: RunConfig, backbone: Backbone | None = None) -> VideoQA:
         """The model that a run's configuration names; ``backbone`` in place of building its own."""
+        if isinstance(config.frames, (list, tuple)):
+            raise ConfigError(f"frames is {config.frames}; several budgets are for a comparison, here it must be one")
         parts = [build_component(k, getattr(config, k), config.plugins) for k in ("compressor", "selector")]
         backbone = backbone or build_component("backbone", config.backbone, config.plugins)
         return cls(

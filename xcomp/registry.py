@@ -97,13 +97,21 @@ def _kind_of(file: Path) -> str | None:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError) as error:
         raise PluginError(f"plugin file '{file}' is not valid Python: {error}") from error
-    bases = {
-        base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
+    imported = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
         for node in tree.body
-        if isinstance(node, ast.ClassDef)
-        for base in node.bases
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
-    return next((kind for kind, (_, _, contract) in KINDS.items() if contract in bases), None)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    bases = [imported.get(name, name) for node in classes for name in map(ast.unparse, node.bases)]
+    return next((kind for kind in KINDS if any(_is_of_kind(base, kind) for base in bases)), None)
+
+
+def _is_of_kind(base: str, kind: str) -> bool:
+    """Whether a base class, as a dotted name, is the kind's contract, or from its module or a built-in plugin."""
+    folder, module, contract = KINDS[kind]
+    return base.split(".")[-1] == contract or base.startswith((f"{module}.", f"xcomp.{folder}."))
 
 
 def find(kind: str, name: str, folders: Iterable[str | Path] = ()) -> Plugin:
@@ -175,7 +183,7 @@ def make_config(config_class: type, options: Mapping[str, Any], what: str) -> An
     for key in options:
         if key not in known:
             raise PluginError(
-                f"{what} has no option '{key}';{nearest(key, known)} options: {', '.join(known) or 'none'}"
+                f"{what} has no option '{key}';{nearest(str(key), known)} options: {', '.join(known) or 'none'}"
             )
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), dict(options)))

@@ -5,16 +5,22 @@ A folder belongs to one configuration; running another one into it is an error, 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xcomp
 from xcomp.config import ConfigError, RunConfig
+from xcomp.registry import nearest
+
+if TYPE_CHECKING:
+    from lightning import Trainer
 
 SCHEMA = 1
 _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "omegaconf", "decord", "av", "numpy")
@@ -33,8 +39,9 @@ def open_run(config: RunConfig, command: str, **extra: Any) -> Path:
     """Create or reopen the run folder of a configuration and return it.
 
     Raises:
-        ConfigError: if the folder belongs to a different configuration or command; names the first difference.
+        ConfigError: as ``check_run`` does.
     """
+    check_run(config, command)
     folder = config.folder
     description = {
         "schema": SCHEMA,
@@ -47,31 +54,65 @@ def open_run(config: RunConfig, command: str, **extra: Any) -> Path:
         "git_commit": git_commit(),
     }
     path = folder / "run.json"
-    if path.is_file():
-        _check_same(path, description)
-        return folder
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"run folder '{folder}' is a file; choose another 'name' or 'output'")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(description, indent=1))
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(description, indent=1))
     return folder
 
 
-def _check_same(path: Path, description: dict[str, Any]) -> None:
+def check_run(config: RunConfig, command: str) -> None:
+    """Writes nothing. Commands call it first, so that a folder they cannot use costs no time and leaves no files.
+
+    Raises:
+        ConfigError: if the run folder cannot be written, or belongs to a different configuration or command; the
+            message names the first difference.
+    """
+    folder = config.folder
+    there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        problem = "is not writable" if there.is_dir() else "is a file"
+        raise ConfigError(f"run folder '{folder}' cannot be made: '{there}' {problem}; choose another 'output'")
+    if (folder / "run.json").is_file():
+        _check_same(folder / "run.json", command, _plain(config.to_dict()))
+
+
+def _check_same(path: Path, command: str, config: dict[str, Any]) -> None:
     way_out = "choose another 'name', or delete the folder"
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"'{path}' is not JSON ({error}); {way_out}") from error
-    if before.get("kind") != description["kind"]:
-        raise ConfigError(f"run folder '{path.parent}' belongs to 'xcomp {before.get('command')}'; {way_out}")
-    old, new = (_flat({k: v for k, v in d["config"].items() if k not in _FREE_KEYS}) for d in (before, description))
+    if not isinstance(before, dict) or not isinstance(before.get("config"), dict):
+        raise ConfigError(f"'{path}' describes no run; {way_out}")
+    if before.get("kind") != command:
+        raise ConfigError(f"run folder '{path.parent}' belongs to 'xcomp {before.get('kind')}'; {way_out}")
+    old, new = (_flat({k: v for k, v in c.items() if k not in _FREE_KEYS}) for c in (before["config"], config))
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key):
             raise ConfigError(
                 f"run folder '{path.parent}' belongs to a different config: {key} was {old.get(key)!r}, "
                 f"now {new.get(key)!r}; {way_out}"
             )
+
+
+def make_trainer(given: Mapping[str, Any], **defaults: Any) -> Trainer:
+    """Lightning's Trainer with ``defaults`` overridden by ``given``, the ``trainer`` of a configuration.
+
+    Raises:
+        ConfigError: if Lightning does not know an option, or refuses its value.
+    """
+    from lightning import Trainer
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    # Not callbacks: they are objects, which a YAML file cannot name.
+    known = [name for name in inspect.signature(Trainer).parameters if name != "callbacks"]
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"trainer has no option '{key}';{nearest(str(key), known)} see lightning.Trainer")
+    try:
+        return Trainer(**{**defaults, **given})
+    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def _plain(value: Any) -> Any:

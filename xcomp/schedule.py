@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from xcomp.registry import nearest
+
 SCHEDULES = ("cosine", "linear", "steps", "constant")
 ROUNDINGS = ("nearest", "ceil")
 RULES = ("suffix", "uniform", "prefix", "last_of_group", "random")
@@ -29,32 +31,37 @@ def token_counts(
 ) -> list[int]:
     """Tokens a frame at layers 1..L.
 
-    ``start`` (default: all) and ``end`` are the first and last counts of ``cosine`` and ``linear``; ``constant`` keeps
-    ``end`` everywhere. ``steps`` maps a layer (1-based) to the tokens kept *after* it. Rounding ``nearest`` (half up)
-    is the released code's, ``ceil`` the paper's Eq. 1.
+    ``cosine`` and ``linear`` fall from ``start`` (default: all) before the first layer to ``end`` at the last;
+    ``constant`` keeps ``end`` everywhere. ``steps`` maps a layer (1-based) to the tokens kept *after* it. Rounding
+    ``nearest`` (half up) is the released code's, ``ceil`` the paper's Eq. 1.
     """
+    check_names(schedule=schedule, rounding=rounding)
     start = tokens_per_frame if start is None else start
     if schedule == "steps":
         counts = _step_counts(steps or {}, num_layers, start)
     elif schedule == "constant":
         counts = [end] * num_layers
-    elif schedule in ("cosine", "linear"):
-        counts = _ramp(schedule, num_layers, start, end, rounding)
     else:
-        raise ValueError(f"unknown schedule '{schedule}'; known: {', '.join(SCHEDULES)}")
+        counts = _ramp(schedule, num_layers, start, end, rounding)
     return check_counts(counts, tokens_per_frame)
 
 
+def check_names(*, schedule: str = "cosine", rounding: str = "nearest", rule: str = "suffix") -> None:
+    """ValueError for a schedule, rounding or keep rule that does not exist."""
+    chosen = (("schedule", schedule, SCHEDULES), ("rounding", rounding, ROUNDINGS), ("keep rule", rule, RULES))
+    for what, name, known in chosen:
+        if name not in known:
+            raise ValueError(f"unknown {what} '{name}';{nearest(name, known)} known: {', '.join(known)}")
+
+
 def _ramp(schedule: str, num_layers: int, start: int, end: int, rounding: str) -> list[int]:
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"unknown rounding '{rounding}'; known: {', '.join(ROUNDINGS)}")
     counts = []
     for layer in range(1, num_layers + 1):
         depth = layer / num_layers
         share = (1 + math.cos(math.pi * depth)) / 2 if schedule == "cosine" else 1 - depth
         extra = (start - end) * share
-        # 1e-9: cos(pi/2) is not exactly 0 in floating point, and must not push a whole number up.
-        counts.append(end + (math.floor(extra + 0.5) if rounding == "nearest" else math.ceil(extra - 1e-9)))
+        # 1e-9: floating point must not push a half down (1 - 0.9 is less than 0.1) nor a whole number up (cos(pi/2)).
+        counts.append(end + (math.floor(extra + 0.5 + 1e-9) if rounding == "nearest" else math.ceil(extra - 1e-9)))
     return counts
 
 
@@ -78,7 +85,8 @@ def check_counts(counts: Sequence[int], tokens_per_frame: int) -> list[int]:
         if count < 1:
             raise ValueError(f"the schedule keeps {count} tokens a frame at layer {layer}; at least 1 must stay")
         if count > tokens_per_frame:
-            raise ValueError(f"the schedule keeps {count} tokens a frame at layer {layer}; a frame has {tokens_per_frame}")
+            have = f"a frame has {tokens_per_frame}"
+            raise ValueError(f"the schedule keeps {count} tokens a frame at layer {layer}; {have}")
         if count > previous:
             raise ValueError(f"the schedule grows from {previous} to {count} tokens a frame at layer {layer}")
         previous = count
@@ -87,8 +95,7 @@ def check_counts(counts: Sequence[int], tokens_per_frame: int) -> list[int]:
 
 def keep_slots(rule: str, counts: Sequence[int], tokens_per_frame: int, *, seed: int = 0) -> list[tuple[int, ...]]:
     """The ascending slots (0-based) of a frame that are kept at each layer, for counts that never grow."""
-    if rule not in RULES:
-        raise ValueError(f"unknown keep rule '{rule}'; known: {', '.join(RULES)}")
+    check_names(rule=rule)
     plan: list[tuple[int, ...]] = []
     current = tuple(range(tokens_per_frame))
     order = _uniform_removal(tokens_per_frame) if rule == "uniform" else _random_removal(tokens_per_frame, seed)

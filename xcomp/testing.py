@@ -13,10 +13,7 @@ names the plugin and the clause it breaks. Shape letters are those of :mod:`xcom
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import import_module
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,90 +22,17 @@ import torch
 from torch import Tensor
 
 from xcomp.backbone import Backbone, Prompt, ShownVideo
-from xcomp.benchmark import LETTERS, Benchmark, Question
+from xcomp.benchmark import LETTERS, Question
 from xcomp.compressor import Compressor, LayerOutput, check_plan
+from xcomp.contract import ContractError, Watch, same, tensors_of
 from xcomp.data.records import parse_record
 from xcomp.decoder import Decoder
-from xcomp.registry import KINDS, make_config
-from xcomp.selector import FrameSelector
+from xcomp.registry import make_config
 from xcomp.tiny import tiny_backbone
 
 QUESTION = "Which symbol appears first, after the red one? (A) cross (B) ring"
 PARTS = {"vision", "projector", "llm"}
-
-
-class ContractError(ValueError):
-    """A plugin breaks a clause of its contract."""
-
-
-# --- The means --------------------------------------------------------------------------------------------------------
-
-
-class _Watch:
-    """A plugin under test: whatever it does wrong is reported in its name."""
-
-    def __init__(self, kind: str, plugin: Any, options: dict[str, Any]):
-        contract = getattr(import_module(KINDS[kind][1]), KINDS[kind][2])
-        self.who = f"{kind} '{getattr(plugin, '__name__', type(plugin).__name__)}'"
-        if isinstance(plugin, type):
-            self.require(issubclass(plugin, contract), f"must be a subclass of {contract.__name__}")
-            has_config = dataclasses.is_dataclass(getattr(plugin, "Config", None))
-            self.require(has_config, "must have a Config dataclass with its options")
-            self.plugin = plugin(make_config(plugin.Config, options, self.who))
-        else:
-            self.plugin = plugin if isinstance(plugin, contract) else plugin(**options)
-        self.require(isinstance(self.plugin, contract), f"must be a {contract.__name__}")
-
-    def require(self, holds: Any, clause: str) -> None:
-        if not holds:
-            raise ContractError(f"{self.who}: {clause}")
-
-    @contextmanager
-    def guard(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except ContractError:
-            raise
-        except NotImplementedError as error:
-            raise ContractError(f"{self.who}: {what} is missing: {error}") from error
-        except Exception as error:  # anything a plugin raises is its own
-            raise ContractError(f"{self.who}: {what} must not fail; {type(error).__name__}: {error}") from error
-
-    def call(self, method: str, *args: Any, times: int = 2, **kwargs: Any) -> Any:
-        """The method's result. It must not fail, write into what it is given, or differ from call to call."""
-        given = _tensors([args, list(kwargs.values())])
-        before = [tensor.detach().clone() for tensor in given]
-        with self.guard(f"{method}()"):
-            results = [getattr(self.plugin, method)(*args, **kwargs) for _ in range(times)]
-        self.require(_same(given, before), f"{method}() must leave its inputs as they are, but writes into them")
-        self.require(_same(results[0], results[-1]), f"{method}() must give the same for the same inputs")
-        return results[0]
-
-    def require_close(self, ours: Tensor, theirs: Tensor, clause: str) -> None:
-        """Equal up to rounding: relative to the largest value, 1e-4 in float32 and 5e-2 in shorter types."""
-        error = (ours - theirs).abs().max().item() / max(theirs.abs().max().item(), 1e-30)
-        self.require(error < (1e-4 if ours.dtype == torch.float32 else 5e-2), f"{clause}; they differ by {error:.1e}")
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """All tensors in nested lists and dataclasses."""
-    if dataclasses.is_dataclass(value):
-        value = list(vars(value).values())
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return [value] if isinstance(value, Tensor) else []
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
-    if dataclasses.is_dataclass(a) and type(a) is type(b):
-        return _same(list(vars(a).values()), list(vars(b).values()))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return type(a) is type(b) and a == b
+__all__ = ["ContractError", "check_backbone", "check_benchmark", "check_compressor", "check_selector", "tiny_backbone"]
 
 
 def _frames(count: int) -> Tensor:
@@ -116,19 +40,21 @@ def _frames(count: int) -> Tensor:
     return torch.randint(0, 256, (count, 48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
 
 
-def _check_passes(watch: _Watch, backbone: Backbone, rule: Compressor, videos: list[Tensor], prompts: list[Prompt]) -> None:
+def _check_passes(
+    watch: Watch, backbone: Backbone, rule: Compressor, videos: list[Tensor], prompts: list[Prompt]
+) -> None:
     """Two videos through the language model: alone, as a batch in both orders, token by token, and stored."""
     decoder, before, after = Decoder(backbone, rule), [p.prefix_ids for p in prompts], [p.suffix_ids for p in prompts]
     alone = [decoder.prefill(*sample) for sample in zip(videos, before, after)]
     for video, state, prefix, suffix in zip(videos, alone, before, after):
         watch.require(state.logits.isfinite().all(), "the logits of a pass must be finite")
         again = decoder.prefill(video, prefix, suffix)
-        watch.require(_same(again.logits, state.logits), "a pass must give the same when it is repeated")
+        watch.require(same(again.logits, state.logits), "a pass must give the same when it is repeated")
         step = decoder.decode(decoder.prefill(video, prefix, suffix[:-1]), suffix[-1:])
         if rule.plan(backbone.num_layers, rule.before_llm(video).shape[1]) is not None:
             watch.require_close(step, state.logits, "decoding a token must give what a longer prefill gives")
             stored = decoder.extend(decoder.prefill_video(video, prefix), suffix)
-            watch.require_close(stored.logits, state.logits, "a question to a stored video must give what one pass gives")
+            watch.require_close(stored.logits, state.logits, "a question to a stored video must give what a pass gives")
     for order in ([0, 1], [1, 0]):
         batch = decoder.prefill(*([values[i] for i in order] for values in (videos, before, after)))
         for row, i in enumerate(order):
@@ -141,9 +67,9 @@ def _check_passes(watch: _Watch, backbone: Backbone, rule: Compressor, videos: l
 # --- Backbones --------------------------------------------------------------------------------------------------------
 
 
-def check_backbone(plugin: type[Backbone] | Backbone | Callable[..., Backbone], **options: Any) -> None:
+def check_backbone(plugin: Any, **options: Any) -> None:
     """Vision path, prompts, the language model opened up, what can be tuned, and saving."""
-    watch = _Watch("backbone", plugin, options)
+    watch = Watch("backbone", plugin, options)
     backbone: Backbone = watch.plugin.eval()
     with torch.no_grad():
         pixels, tokens = _check_vision(watch, backbone)
@@ -155,17 +81,17 @@ def check_backbone(plugin: type[Backbone] | Backbone | Callable[..., Backbone], 
     _check_parts(watch, backbone, pixels, prompts[0])
 
 
-def _check_vision(watch: _Watch, backbone: Backbone) -> tuple[Tensor, Tensor]:
+def _check_vision(watch: Watch, backbone: Backbone) -> tuple[Tensor, Tensor]:
     for name in ("tokens_per_frame", "clip_frames"):
         value = getattr(backbone, name, None)
         watch.require(isinstance(value, int) and value >= 1, f"{name} must be a whole number from 1, not {value}")
     stats = [*getattr(backbone, "pixel_mean", ()), *getattr(backbone, "pixel_std", ())]
-    watch.require(len(stats) == 6 and min(stats[3:]) > 0, "pixel_mean and pixel_std must be 3 numbers each, pixel_std > 0")
+    watch.require(len(stats) == 6 and min(stats[3:]) > 0, "pixel_mean and pixel_std must be 3 numbers each, std > 0")
     clip, width = backbone.clip_frames, backbone.text_config.hidden_size
     frames = _frames(2 * clip)
     pixels = watch.call("preprocess", frames)
     right = pixels.ndim == 4 and pixels.shape[:2] == (2 * clip, 3) and pixels.is_floating_point()
-    watch.require(right, f"preprocess() must return floating-point (T, 3, h, w), not {pixels.dtype} {tuple(pixels.shape)}")
+    watch.require(right, f"preprocess() must return float (T, 3, h, w), not {pixels.dtype} {tuple(pixels.shape)}")
     watch.require_close(backbone.preprocess(frames[-1:]), pixels[-1:], "preprocess() must take each frame on its own")
     tokens, expected = watch.call("encode", pixels), (2 * clip, backbone.tokens_per_frame, width)
     watch.require(tokens.shape == expected, f"encode() must return (T, N, D) = {expected}, not {tuple(tokens.shape)}")
@@ -175,30 +101,30 @@ def _check_vision(watch: _Watch, backbone: Backbone) -> tuple[Tensor, Tensor]:
     return pixels, tokens
 
 
-def _check_prompts(watch: _Watch, backbone: Backbone) -> list[Prompt]:
+def _check_prompts(watch: Watch, backbone: Backbone) -> list[Prompt]:
     videos = ShownVideo(8.0, 4, (1.0, 3.0, 5.0, 7.0)), ShownVideo(2.5, 2)
     prompts = [watch.call("prompt", text, video) for text, video in zip((QUESTION, "Why is that so?"), videos)]
-    vocabulary = backbone.language_model.embed_tokens.num_embeddings
-    for ids in [*_tensors(prompts), watch.call("follow_up", QUESTION)]:
-        right = ids.ndim == 1 and ids.dtype == torch.long and len(ids) and 0 <= int(ids.min()) <= int(ids.max()) < vocabulary
-        watch.require(right, f"prompt() and follow_up() must give 1-D long ids, at least one, below {vocabulary}, not {ids}")
+    most = backbone.language_model.embed_tokens.num_embeddings - 1
+    for ids in [*tensors_of(prompts), watch.call("follow_up", QUESTION)]:
+        right = ids.ndim == 1 and ids.dtype == torch.long and len(ids) and bool(((ids >= 0) & (ids <= most)).all())
+        watch.require(right, f"prompt() and follow_up() must give 1-D long ids, 0..{most}, at least one, not {ids}")
     for part, equal in (("prefix_ids", True), ("question_ids", False), ("header_ids", True)):
         found = torch.equal(*(getattr(p, part) for p in prompts))
         watch.require(found == equal, f"prompt().{part} must {'not ' if equal else ''}depend on the question")
-    with watch.guard("stop_ids"):
-        stop = backbone.stop_ids
+    stop = backbone.stop_ids
     watch.require(stop and all(isinstance(i, int) for i in stop), f"stop_ids must hold at least one id, not {stop}")
     return prompts
 
 
-def _check_language_model(watch: _Watch, backbone: Backbone, tokens: Tensor, prompt: Prompt) -> None:
+def _check_language_model(watch: Watch, backbone: Backbone, tokens: Tensor, prompt: Prompt) -> None:
     embedded = [backbone.embed(prompt.prefix_ids), tokens.flatten(0, 1), backbone.embed(prompt.suffix_ids)]
     hidden = backbone.language_model(inputs_embeds=torch.cat(embedded)[None], use_cache=False).last_hidden_state
     ours = Decoder(backbone).prefill(tokens, prompt.prefix_ids, prompt.suffix_ids).logits
-    watch.require_close(ours, backbone.lm_head(hidden[:, -1]), "the opened-up layers must compute what the model's own forward does")
+    clause = "the opened-up layers must compute what the model's own forward does"
+    watch.require_close(ours, backbone.lm_head(hidden[:, -1]), clause)
 
 
-def _check_parts(watch: _Watch, backbone: Backbone, pixels: Tensor, prompt: Prompt) -> None:
+def _check_parts(watch: Watch, backbone: Backbone, pixels: Tensor, prompt: Prompt) -> None:
     with watch.guard("parts()"):
         parts = backbone.parts()
         parameters = {name: [p for module in modules for p in module.parameters()] for name, modules in parts.items()}
@@ -213,7 +139,7 @@ def _check_parts(watch: _Watch, backbone: Backbone, pixels: Tensor, prompt: Prom
     backbone.zero_grad()
 
 
-def _check_saving(watch: _Watch, backbone: Backbone, pixels: Tensor, tokens: Tensor) -> None:
+def _check_saving(watch: Watch, backbone: Backbone, pixels: Tensor, tokens: Tensor) -> None:
     """Only of backbones with an option ``checkpoint``: the others cannot be read back."""
     config_class = getattr(type(backbone), "Config", None)
     names = [f.name for f in dataclasses.fields(config_class)] if dataclasses.is_dataclass(config_class) else []
@@ -222,10 +148,10 @@ def _check_saving(watch: _Watch, backbone: Backbone, pixels: Tensor, tokens: Ten
     dtype = {"dtype": str(backbone.dtype).removeprefix("torch.")} if "dtype" in names else {}
     with TemporaryDirectory() as folder, watch.guard("save_pretrained()"):
         backbone.save_pretrained(str(Path(folder) / "model"))
-        again = type(backbone)(make_config(config_class, {"checkpoint": str(Path(folder) / "model")} | dtype, watch.who))
-        again.eval()
+        options = {"checkpoint": str(Path(folder) / "model")} | dtype
+        again = type(backbone)(make_config(config_class, options, watch.who)).eval()
         clause = "what save_pretrained() writes must load with checkpoint=<folder> alone and be the same model"
-        watch.require(_same(again.state_dict(), backbone.state_dict()), clause)
+        watch.require(same(again.state_dict(), backbone.state_dict()), clause)
         watch.require_close(again.encode(pixels), tokens, clause)
 
 
@@ -235,25 +161,24 @@ def _check_saving(watch: _Watch, backbone: Backbone, pixels: Tensor, tokens: Ten
 class _Watched(Compressor):
     """A compressor in a pass, with what it returns between the layers checked."""
 
-    def __init__(self, watch: _Watch):
+    def __init__(self, watch: Watch):
         super().__init__(None)
         self.watch, self.before_llm, self.plan = watch, watch.plugin.before_llm, watch.plugin.plan
 
     def after_layer(self, output: LayerOutput) -> Tensor | None:
         keep = self.watch.call("after_layer", output, times=1)
         if keep is not None:
-            right = isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.shape == output.layout.real.shape
-            self.watch.require(right, f"after_layer() must return (B, S) = {tuple(output.layout.real.shape)} bool or None")
+            shape = output.layout.real.shape
+            right = isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.shape == shape
+            self.watch.require(right, f"after_layer() must return None or (B, S) = {tuple(shape)} bool")
             left = (keep.cpu() & output.layout.visual).sum(1)
             self.watch.require(bool((left > 0).all()), "after_layer() must keep a visual token of every sample")
         return keep
 
 
-def check_compressor(
-    plugin: type[Compressor] | Compressor | Callable[..., Compressor], *, backbone: Backbone | None = None, **options: Any
-) -> None:
+def check_compressor(plugin: Any, *, backbone: Backbone | None = None, **options: Any) -> None:
     """Tokens before the language model, the plan, the rule between layers, whole passes, and the gradient."""
-    watch, backbone = _Watch("compressor", plugin, options), backbone or tiny_backbone()
+    watch, backbone = Watch("compressor", plugin, options), backbone or tiny_backbone()
     watch.plugin.eval()
     with torch.no_grad():
         videos = [backbone.encode(backbone.preprocess(_frames(n * backbone.clip_frames))) for n in (1, 6)]
@@ -273,19 +198,20 @@ def check_compressor(
     _check_gradient(watch, backbone, videos[1], prompts[1])
 
 
-def _check_before_llm(watch: _Watch, video: Tensor) -> int:
+def _check_before_llm(watch: Watch, video: Tensor) -> int:
     """Tokens a frame afterwards."""
     out, shape = watch.call("before_llm", video), tuple(video.shape)
     right = isinstance(out, Tensor) and out.ndim == 3 and out.shape[2] == shape[2] and out.dtype == video.dtype
     watch.require(right, f"before_llm() must turn (T, N, D) = {shape} into (T', N', D) of the same type")
-    watch.require(0 < out.shape[0] * out.shape[1] <= shape[0] * shape[1], "before_llm() must keep 1 to all of the tokens")
+    fewer = 0 < out.shape[0] * out.shape[1] <= shape[0] * shape[1]
+    watch.require(fewer, f"before_llm() must keep at least 1 token and add none: {shape} became {tuple(out.shape)}")
     with watch.guard("before_llm()"):
         short = watch.plugin.before_llm(video.bfloat16())
     watch.require(short.dtype == torch.bfloat16, f"before_llm() must keep the type: bfloat16 became {short.dtype}")
     return out.shape[1]
 
 
-def _check_gradient(watch: _Watch, backbone: Backbone, video: Tensor, prompt: Prompt) -> None:
+def _check_gradient(watch: Watch, backbone: Backbone, video: Tensor, prompt: Prompt) -> None:
     video = video.clone().requires_grad_()
     with watch.guard("training"):
         logits = Decoder(backbone, watch.plugin).logits(video, prompt.prefix_ids, prompt.suffix_ids, [2])
@@ -298,12 +224,9 @@ def _check_gradient(watch: _Watch, backbone: Backbone, video: Tensor, prompt: Pr
 # --- Selectors --------------------------------------------------------------------------------------------------------
 
 
-def check_selector(
-    plugin: type[FrameSelector] | FrameSelector | Callable[..., FrameSelector], *, backbone: Backbone | None = None,
-    **options: Any,
-) -> None:
+def check_selector(plugin: Any, *, backbone: Backbone | None = None, **options: Any) -> None:
     """Scores of a short and a longer video, and the frames selected for budgets of all sizes."""
-    watch, backbone = _Watch("selector", plugin, options), backbone or tiny_backbone()
+    watch, backbone = Watch("selector", plugin, options), backbone or tiny_backbone()
     watch.plugin.eval()
     watch.require(isinstance(watch.plugin.uses_video, bool), "uses_video must be True or False")
     for clips in (1, 7):
@@ -316,7 +239,7 @@ def check_selector(
         watch.require(scores.isfinite().all(), "score_frames() must give every frame a finite score")
         watch.require(not scores.requires_grad, "score_frames() must run without a gradient")
         for values in (scores, torch.arange(len(pixels)).float(), torch.zeros(len(pixels))):
-            for budget in (1, len(pixels) // 2, len(pixels), len(pixels) + 3):
+            for budget in (1, max(1, len(pixels) // 2), len(pixels), len(pixels) + 3):
                 _check_select(watch, values, budget)
     try:
         watch.plugin.select(torch.zeros(4), 0)
@@ -325,45 +248,46 @@ def check_selector(
     watch.require(False, "select() must refuse a budget of 0 with a ValueError")
 
 
-def _check_select(watch: _Watch, scores: Tensor, budget: int) -> None:
+def _check_select(watch: Watch, scores: Tensor, budget: int) -> None:
     chosen, wanted = watch.call("select", scores, budget), min(budget, len(scores))
     right = isinstance(chosen, list) and all(type(i) is int for i in chosen)
     watch.require(right, f"select() must return a list of int, not {chosen!r}")
-    watch.require(all(0 <= i < len(scores) for i in chosen), f"select() must name frames 0..{len(scores) - 1}: {chosen}")
-    watch.require(all(a < b for a, b in zip(chosen, chosen[1:])), f"select() must be ascending, each once: {chosen}")
-    watch.require(len(chosen) == wanted, f"select() must meet the budget: {wanted} of {len(scores)} frames, not {chosen}")
+    inside = all(0 <= i < len(scores) for i in chosen)
+    watch.require(inside, f"select() must name frames within 0..{len(scores) - 1}, not {chosen}")
+    ascending = all(a < b for a, b in zip(chosen, chosen[1:]))
+    watch.require(ascending, f"select() must be ascending and name a frame once, not {chosen}")
+    watch.require(len(chosen) == wanted, f"select() must meet the budget: {wanted} of {len(scores)}, not {chosen}")
 
 
 # --- Benchmarks -------------------------------------------------------------------------------------------------------
 
 
-def check_benchmark(plugin: type[Benchmark] | Benchmark | Callable[..., Benchmark], **options: Any) -> None:
+def check_benchmark(plugin: Any, **options: Any) -> None:
     """Questions (stable, complete, their videos there), the prompt, the answers' parser, training records."""
-    watch = _Watch("benchmark", plugin, options)
+    watch = Watch("benchmark", plugin, options)
     questions = watch.call("questions")
     right = isinstance(questions, list) and questions and all(isinstance(q, Question) for q in questions)
     watch.require(right, "questions() must return a list of at least one Question")
-    fresh = _Watch("benchmark", plugin, options).call("questions", times=1)
-    watch.require(_same(questions, fresh), "questions() must be the same, in the same order, in every run")
-    names = [q.id for q in questions]
-    double = [name for name in names if names.count(name) > 1]
-    watch.require(not double, f"the id of every question must be its own, but {double[:1]} is there {len(double)} times")
+    fresh = Watch("benchmark", plugin, options).call("questions", times=1)
+    watch.require(same(questions, fresh), "questions() must be the same, in the same order, in every run")
+    double = [name for name, count in Counter(q.id for q in questions).items() if count > 1]
+    watch.require(not double, f"the id of every question must be its own; these occur more than once: {double[:3]}")
     for question in questions:
         _check_question(watch, question)
     tokens = watch.plugin.max_new_tokens
-    watch.require(isinstance(tokens, int) and tokens >= 1, f"max_new_tokens must be a whole number from 1, not {tokens}")
+    watch.require(isinstance(tokens, int) and tokens >= 1, f"max_new_tokens must be at least 1, not {tokens}")
     if hasattr(watch.plugin, "training_records"):
         for record in watch.call("training_records"):
             with watch.guard("training_records()"):
                 parse_record(record, "", "a record")
 
 
-def _check_question(watch: _Watch, q: Question) -> None:
+def _check_question(watch: Watch, q: Question) -> None:
     watch.require(isinstance(q.id, str) and q.id and q.question, "a question must have an id and a text")
-    right = isinstance(q.options, tuple) and 2 <= len(q.options) <= len(LETTERS) and all(isinstance(o, str) for o in q.options)
-    watch.require(right, f"question '{q.id}' must have 2 to {len(LETTERS)} options, a tuple of str")
+    right = isinstance(q.options, tuple) and 2 <= len(q.options) <= len(LETTERS)
+    watch.require(right, f"question '{q.id}' must have 2 to {len(LETTERS)} options, in a tuple")
     right = type(q.answer) is int and 0 <= q.answer < len(q.options)
-    watch.require(right, f"question '{q.id}': answer must be an option's index, 0..{len(q.options) - 1}, not {q.answer!r}")
+    watch.require(right, f"question '{q.id}': answer must be an index, 0..{len(q.options) - 1}, not {q.answer!r}")
     watch.require(Path(q.video).exists(), f"question '{q.id}' names a video that is not there: '{q.video}'")
     watch.require(all(0 <= start <= end for start, end in q.events), f"question '{q.id}': events must be (start, end)")
     prompt = watch.call("prompt", q)
@@ -371,6 +295,6 @@ def _check_question(watch: _Watch, q: Question) -> None:
     watch.require(not missing, f"prompt() must contain the question and every option; '{q.id}' lacks {missing[:1]}")
     for i, option in enumerate(q.options):
         found = [watch.call("parse", text, q) for text in (LETTERS[i], option, str(i + 1))]
-        watch.require(i in found, f"parse() must find option {i} of '{q.id}' in '{LETTERS[i]}', in its text or its number")
+        watch.require(i in found, f"parse() must find option {i} of '{q.id}' in its letter, its text or its number")
     found = watch.call("parse", "", q)
     watch.require(found is None, f"parse() must give None for an empty answer, not {found!r}")

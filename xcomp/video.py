@@ -75,6 +75,13 @@ def uniform_indices(num_frames: int, count: int) -> list[int]:
     return [(2 * i + 1) * num_frames // (2 * count) for i in range(count)]
 
 
+def check_budget(count: int, clip_frames: int) -> None:
+    """ValueError unless ``count`` frames fill clips of ``clip_frames``; names a number that does."""
+    if count % clip_frames:
+        fits = max(count // clip_frames, 1) * clip_frames
+        raise ValueError(f"a budget of {count} frames does not divide into encoder clips of {clip_frames}; take {fits}")
+
+
 def _frame_count(num_frames: int, wanted: float, low: int, high: int, multiple: int, style: Style) -> int:
     """Frames to take when ``wanted`` are asked for; more than there are only in the style that repeats the last."""
     whole = num_frames // multiple * multiple
@@ -212,8 +219,11 @@ class _Decord:
     name = "decord"
 
     def __init__(self, path: str):
+        import av
         import decord
 
+        with av.open(path):  # it raises for what is no video; decord would also write to stderr
+            decord.logging.set_level(decord.logging.QUIET)
         self._reader: Any = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
         self.num_frames = len(self._reader)
         self.fps = float(self._reader.get_avg_fps())

@@ -43,7 +43,7 @@ CATEGORIES = ("colour", "where", "what", "first")
 SPLITS = ("train", "validation", "test")
 TASKS = ("describe", "open", "choice", "list")
 
-WORLD_VERSION = 1  # part of a set's folder name: raise it with any change of what is drawn or how it is encoded
+WORLD_VERSION = 2  # part of a set's folder name: raise it with any change of what is drawn or how it is encoded
 NATIVE_SIZE = 64  # the side that shape sizes, speeds and jitters below are given for
 NUM_OPTIONS = 4
 
@@ -143,7 +143,7 @@ def _draw_events(rng: np.random.Generator, config: Needle.Config, num_frames: in
         jitter = rng.integers(-3, 4, size=2)
         quadrant = PLACES.index(place)
         x, y = ((quadrant % 2) * 32 + 16 + jitter[0]) * scale, ((quadrant // 2) * 32 + 16 + jitter[1]) * scale
-        side = round(int(rng.integers(18, 21)) * scale)
+        side = round(int(rng.integers(26, 29)) * scale)
         event = Event(str(symbol), str(colour), str(place), start, start + length, (round(x), round(y)), side)
         events.append(event)
     return tuple(sorted(events, key=lambda event: (event.start, PLACES.index(event.place))))

@@ -21,8 +21,8 @@ from xcomp.compare.report import read_run, table, write_report
 from xcomp.compare.statistics import summarise
 from xcomp.config import ConfigError, RunConfig, build_component
 from xcomp.model import Answer, Query, VideoQA
-from xcomp.run import open_run, write_atomically
-from xcomp.video import VideoError
+from xcomp.run import check_run, make_trainer, open_run, write_atomically
+from xcomp.video import VideoError, check_budget
 
 RECORDS = "records.jsonl"
 Item = tuple[Question, Query]
@@ -38,10 +38,16 @@ def compare(config: RunConfig, kind: str = "compare") -> Path:
     if config.benchmark is None:
         raise ConfigError("no benchmark; name one, e.g. benchmark: needle")
     L.seed_everything(config.seed, workers=True, verbose=False)
+    # What can be wrong is found before anything is written.
     arms = resolve_arms(config)
     benchmark = build_component("benchmark", config.benchmark, config.plugins)
+    check_run(config, kind)
+    make_trainer(config.trainer, logger=False, enable_checkpointing=False)
     models = _Models(config)
-    models.build(arms[0])  # a checkpoint that does not load is found before anything is written
+    models.build(arms[0])
+    for arm in arms:
+        if arm.frames is not None and arm.backbone == arms[0].backbone:
+            check_budget(arm.frames, models.backbone.clip_frames)
     questions = benchmark.questions()[: config.limit]
     about = {"name": config.benchmark, "num_questions": len(questions)}
     folder = open_run(config, kind, arms=[arm.description for arm in arms], benchmark=about)
@@ -103,15 +109,15 @@ def run_arm(
     if config.trainer.get("enable_progress_bar", True):
         print(f"{arm.name}: {len(items)} questions", flush=True)
         callbacks.append(RichProgressBar())
-    defaults = {
-        "accelerator": "cpu" if model.backbone.device.type == "cpu" else "auto",
-        "devices": 1,
-        "logger": False,
-        "callbacks": callbacks,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-    }
-    trainer = L.Trainer(**{**defaults, **config.trainer})
+    trainer = make_trainer(
+        config.trainer,
+        accelerator="cpu" if model.backbone.device.type == "cpu" else "auto",
+        devices=1,
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
     model.predict_step(items[:1])
     trainer.predict(model, loader, return_predictions=False)
 
@@ -160,4 +166,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     whole = text[: text.rfind("\n") + 1]  # every record ends its line
     if whole != text:
         write_atomically(path, whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"'{path}' holds a line that is not JSON ({error}); delete that line") from error

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from xcomp.backbone import Backbone, ShownVideo
 from xcomp.config import RunConfig, Sampling
 from xcomp.data.records import Conversation, TokenisedConversation, load_conversations, tokenise
-from xcomp.video import Video, sample_indices, uniform_indices
+from xcomp.video import Video, check_budget, sample_indices, uniform_indices
 
 
 @dataclass
@@ -80,6 +82,38 @@ def collate(samples: list[Sample]) -> list[Sample]:
     return samples
 
 
+class EpochOrder(DistributedSampler):
+    """Each epoch's order follows from seed and epoch alone. The first ``skip`` items of the next epoch are left out."""
+
+    skip = 0
+
+    def __iter__(self) -> Iterator[int]:
+        skip, self.skip = self.skip, 0
+        return islice(super().__iter__(), skip, None)
+
+
+class ResumableLoader(DataLoader):
+    """Goes on in the middle of an epoch, with the batches that an uninterrupted run would have seen.
+
+    Lightning keeps ``state_dict`` in its checkpoints. Its ``sampler`` is an ``EpochOrder``.
+    """
+
+    _start = _yielded = 0  # batches of this epoch
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        self._yielded, self._start = self._start, 0
+        self.sampler.skip = self._yielded * self.batch_size
+        for batch in super().__iter__():
+            self._yielded += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self._yielded % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._start = state["batches"]
+
+
 class ConversationData(L.LightningDataModule):
     """The training and validation conversations of a run."""
 
@@ -87,24 +121,36 @@ class ConversationData(L.LightningDataModule):
         super().__init__()
         self.config = config
         self.backbone = backbone
+        self.train_set = self._dataset(config.tune.data, "tune.data")
+        self.validation_set = self._dataset(config.tune.validation, "tune.validation") if config.tune.validation else None
 
-    def _loader(self, sources: Sequence, shuffle: bool) -> DataLoader:
+    def _dataset(self, sources: Sequence, where: str) -> ConversationDataset:
         c = self.config
-        dataset = ConversationDataset(
-            load_conversations(sources, c.plugins), self.backbone, frames=c.tune.frames, sampling=c.sampling, seed=c.seed
+        conversations = load_conversations(sources, c.plugins, where)
+        for count in sorted({*c.tune.frames, *(n for conversation in conversations for n in conversation.frames)}):
+            check_budget(count, self.backbone.clip_frames)
+        return ConversationDataset(
+            conversations, self.backbone, frames=c.tune.frames, sampling=c.sampling, seed=c.seed
         )
-        return DataLoader(
+
+    def _loader(self, kind: type[DataLoader], dataset: ConversationDataset, **options: Any) -> DataLoader:
+        workers = self.config.tune.num_workers
+        return kind(
             dataset,
-            batch_size=c.tune.batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle and len(dataset) >= c.tune.batch_size,
-            num_workers=c.tune.num_workers,
-            persistent_workers=c.tune.num_workers > 0,
+            batch_size=self.config.tune.batch_size,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             collate_fn=collate,
+            **options,
         )
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.config.tune.data, shuffle=True)
+        drop_last = len(self.train_set) >= self.config.tune.batch_size
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        order = EpochOrder(
+            self.train_set, num_replicas=ranks, rank=rank, shuffle=True, seed=self.config.seed, drop_last=drop_last
+        )
+        return self._loader(ResumableLoader, self.train_set, sampler=order, drop_last=drop_last)
 
     def val_dataloader(self) -> DataLoader | list:
-        return self._loader(self.config.tune.validation, shuffle=False) if self.config.tune.validation else []
+        return [] if self.validation_set is None else self._loader(DataLoader, self.validation_set)

@@ -1,0 +1,221 @@
+"""Every backbone against its contract, and the contract check against backbones that break it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import FAMILIES
+from contracts.plugin_options import backbone_options, names_of
+
+from xcomp.backbone import Backbone, Prompt
+from xcomp.registry import load_class
+from xcomp.testing import ContractError, check_backbone, tiny_backbone
+from xcomp.tiny import TinyBackbone
+
+
+@pytest.mark.parametrize("name", names_of("backbone"))
+def test_contract(name, tiny_tokenizer):
+    check_backbone(load_class("backbone", name), **backbone_options(name, tiny_tokenizer))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tiny_backbone_keeps_it_too(family):
+    check_backbone(TinyBackbone, family=family, layers=2)
+    check_backbone(tiny_backbone, family=family, layers=1, tokens_per_frame=1)  # a function that makes one
+    check_backbone(tiny_backbone(family=family, layers=1))  # one that is there
+
+
+# --- broken in one way each -------------------------------------------------------------------------------------------
+
+
+class NoPreprocess(TinyBackbone):
+    preprocess = Backbone.preprocess
+
+
+class NoFollowUp(TinyBackbone):
+    follow_up = Backbone.follow_up
+
+
+class NoConfig(TinyBackbone):
+    Config = None
+
+
+class NoTokens(TinyBackbone):
+    def __init__(self, config):
+        super().__init__(config)
+        self.tokens_per_frame = 0
+
+
+class HalfAClip(TinyBackbone):
+    clip_frames = 0.5
+
+
+class NoStatistics(TinyBackbone):
+    pixel_std = (1.0, 0.0, 1.0)
+
+
+class ChannelsLast(TinyBackbone):
+    def preprocess(self, frames):
+        return frames.float()
+
+
+class ScalesByTheVideo(TinyBackbone):
+    def preprocess(self, frames):
+        pixels = super().preprocess(frames)
+        return pixels / pixels.amax()
+
+
+class WritesIntoFrames(TinyBackbone):
+    def preprocess(self, frames):
+        pixels = super().preprocess(frames)
+        frames.zero_()
+        return pixels
+
+
+class OneTokenLess(TinyBackbone):
+    def encode(self, pixels):
+        return super().encode(pixels)[:, 1:]
+
+
+class OtherType(TinyBackbone):
+    def encode(self, pixels):
+        return super().encode(pixels).double()
+
+
+class NotFinite(TinyBackbone):
+    def encode(self, pixels):
+        return super().encode(pixels) / 0
+
+
+class Random(TinyBackbone):
+    def encode(self, pixels):
+        return super().encode(pixels) + torch.rand(1)
+
+
+class WritesIntoPixels(TinyBackbone):
+    def encode(self, pixels):
+        return super().encode(pixels.mul_(2))
+
+
+class MixesClips(TinyBackbone):
+    def encode(self, pixels):
+        return super().encode(pixels - pixels.mean())
+
+
+class PrefixHasTheQuestion(TinyBackbone):
+    def prompt(self, question, video):
+        return Prompt(self._ids(question), self._ids(question), torch.tensor([4]))
+
+
+class QuestionIsIgnored(TinyBackbone):
+    def prompt(self, question, video):
+        return super().prompt("What?", video)
+
+
+class HeaderHasTheQuestion(TinyBackbone):
+    def prompt(self, question, video):
+        return Prompt(torch.tensor([4]), self._ids(question), self._ids(question))
+
+
+class IdsBeyondTheVocabulary(TinyBackbone):
+    def prompt(self, question, video):
+        return Prompt(torch.tensor([97]), self._ids(question), torch.tensor([4]))
+
+
+class BatchedIds(TinyBackbone):
+    def follow_up(self, question):
+        return super().follow_up(question)[None]
+
+
+class NeverStops(TinyBackbone):
+    stop_ids = ()
+
+
+class SkipsANorm(TinyBackbone):
+    def output(self, layer, hidden, attended):
+        block = self.language_model.layers[layer]
+        hidden = hidden + block.self_attn.o_proj(attended)
+        return hidden + block.mlp(hidden)
+
+
+class SeesPadding(TinyBackbone):
+    def output(self, layer, hidden, attended):
+        out = super().output(layer, hidden, attended)
+        return out + 0.1 * out[0, -1] if hidden.shape[0] > 1 else out
+
+
+class RandomPass(TinyBackbone):
+    def head(self, hidden):
+        return super().head(hidden) + 1e-6 * torch.rand(1)
+
+
+class UnknownParts(TinyBackbone):
+    def parts(self):
+        return {"llm": [self.language_model]}
+
+
+class NoGradient(TinyBackbone):
+    @torch.no_grad()
+    def encode(self, pixels):
+        return super().encode(pixels)
+
+
+class LosesWeights(TinyBackbone):
+    @dataclasses.dataclass
+    class Config(TinyBackbone.Config):
+        checkpoint: str | None = None
+
+    def save_pretrained(self, folder, dtype=None):
+        pass
+
+
+class CannotSave(LosesWeights):
+    save_pretrained = Backbone.save_pretrained
+
+
+BROKEN = {
+    NoPreprocess: r"preprocess\(\) is missing",
+    NoFollowUp: r"follow_up\(\) is missing",
+    NoConfig: "must have a Config dataclass",
+    NoTokens: "tokens_per_frame must be a whole number from 1, not 0",
+    HalfAClip: "clip_frames must be a whole number from 1, not 0.5",
+    NoStatistics: "pixel_mean and pixel_std",
+    ChannelsLast: r"preprocess\(\) must return float \(T, 3, h, w\), not torch.float32 \(4, 48, 64, 3\)",
+    ScalesByTheVideo: r"preprocess\(\) must take each frame on its own; they differ by",
+    WritesIntoFrames: r"preprocess\(\) must leave its inputs as they are",
+    OneTokenLess: r"encode\(\) must return \(T, N, D\) = \(4, 8, 32\), not \(4, 7, 32\)",
+    OtherType: r"encode\(\) must return finite torch.float32, .* not torch.float64",
+    NotFinite: r"encode\(\) must return finite",
+    Random: r"encode\(\) must give the same for the same inputs",
+    WritesIntoPixels: r"encode\(\) must leave its inputs as they are",
+    MixesClips: r"encode\(\) must take each clip on its own",
+    PrefixHasTheQuestion: r"prompt\(\).prefix_ids must not depend on the question",
+    QuestionIsIgnored: r"prompt\(\).question_ids must depend on the question",
+    HeaderHasTheQuestion: r"prompt\(\).header_ids must not depend on the question",
+    IdsBeyondTheVocabulary: r"1-D long ids, 0\.\.96, at least one, not tensor\(\[97\]\)",
+    BatchedIds: "1-D long ids",
+    NeverStops: "stop_ids must hold at least one id",
+    SkipsANorm: "the opened-up layers must compute what the model's own forward does; they differ by",
+    SeesPadding: "a batch must give what each sample gives alone",
+    RandomPass: "a pass must give the same when it is repeated",
+    UnknownParts: r"parts\(\) must name llm, projector, vision, not llm",
+    NoGradient: r"a gradient must reach parts\(\)\['projector'\]",
+    LosesWeights: r"what save_pretrained\(\) writes must load",
+    CannotSave: r"save_pretrained\(\) is missing",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda c: c.__name__)
+def test_a_broken_backbone_is_caught(broken):
+    torch.manual_seed(0)
+    with pytest.raises(ContractError, match=f"backbone '{broken.__name__}': .*{BROKEN[broken]}"):
+        check_backbone(broken)
+
+
+def test_what_is_no_backbone_is_refused():
+    with pytest.raises(ContractError, match="backbone 'dict': must be a subclass of Backbone"):
+        check_backbone(dict)
+    with pytest.raises(ContractError, match="backbone '<lambda>': must be a Backbone"):
+        check_backbone(lambda: 3)

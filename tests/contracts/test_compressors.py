@@ -1,0 +1,247 @@
+"""Every compressor against its contract, with every selector, and the contract check against rules that break it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from contracts.plugin_options import names_of, selector_options
+
+import xcomp
+from xcomp.config import Generation, Sampling
+from xcomp.registry import load_class
+from xcomp.testing import ContractError, check_compressor, tiny_backbone
+
+
+@pytest.mark.parametrize("name", names_of("compressor"))
+def test_contract(name):
+    check_compressor(load_class("compressor", name))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", names_of("compressor"))
+def test_contract_with_another_language_model(name, family):
+    backbone = tiny_backbone(family=family, tokens_per_frame=16, layers=6)
+    check_compressor(load_class("compressor", name), backbone=backbone)
+
+
+@pytest.fixture(scope="module")
+def selectors(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("selectors")
+    return {name: xcomp.load_selector(name, **selector_options(name, folder)) for name in names_of("selector")}
+
+
+@pytest.mark.parametrize("selector", names_of("selector"))
+@pytest.mark.parametrize("compressor", names_of("compressor"))
+def test_every_pair_answers_a_question(compressor, selector, selectors, needle_videos):
+    backbone, rule = tiny_backbone(), xcomp.load_compressor(compressor)
+    question = xcomp.load_benchmark("needle", **needle_videos).questions()[0]
+    sampling, generation = Sampling(rate=4, min_frames=8, max_frames=16), Generation(max_new_tokens=3)
+    qa = xcomp.VideoQA(backbone, rule, selectors[selector], frames=6, sampling=sampling, generation=generation)
+    answer = qa.ask(question.video, question.question, question.options)
+    assert len(set(answer.frames)) == 6 and answer.frames == sorted(answer.frames)
+    assert answer.tokens_in == 6 * 8 and len(answer.tokens_per_layer) == 4 and min(answer.tokens_per_layer) >= 1
+    assert (answer.scores is not None) == selectors[selector].uses_video
+    # the same by hand, from the frames that it says it saw
+    with torch.no_grad(), xcomp.video.Video(question.video) as video:
+        tokens = backbone.encode(backbone.preprocess(video.frames(answer.frames)))
+        text = xcomp.benchmark.multiple_choice_prompt(question.question, question.options)
+        prompt = backbone.prompt(text, xcomp.backbone.ShownVideo(answer.duration, 6))
+        decoder = xcomp.Decoder(backbone, rule)
+        state = decoder.prefill(tokens, prompt.prefix_ids, prompt.suffix_ids)
+        assert state.tokens_per_layer == answer.tokens_per_layer
+        written = decoder.generate(state, max_new_tokens=3)[0]
+    assert answer.text == backbone.tokenizer.decode(written).strip()
+
+
+# --- broken in one way each -------------------------------------------------------------------------------------------
+
+
+class Rule(xcomp.Compressor):
+    @dataclass
+    class Config:
+        pass
+
+
+class NoConfig(xcomp.Compressor):
+    pass
+
+
+class Fails(Rule):
+    def before_llm(self, tokens):
+        raise KeyError("no key")
+
+
+class Flattens(Rule):
+    def before_llm(self, tokens):
+        return tokens.flatten(0, 1)
+
+
+class Widens(Rule):
+    def before_llm(self, tokens):
+        return torch.cat([tokens, tokens], -1)
+
+
+class Repeats(Rule):
+    def before_llm(self, tokens):
+        return tokens.repeat(1, 2, 1)
+
+
+class KeepsNothing(Rule):
+    def before_llm(self, tokens):
+        return tokens[:, :0]
+
+
+class TurnsToFloat(Rule):
+    def before_llm(self, tokens):
+        return tokens.float()
+
+
+class TurnsToHalf(Rule):
+    def before_llm(self, tokens):
+        return tokens.half()
+
+
+class WritesIntoTokens(Rule):
+    def before_llm(self, tokens):
+        return tokens.mul_(0.5)
+
+
+class DropsAtRandom(Rule):
+    def before_llm(self, tokens):
+        return tokens[:, torch.randperm(tokens.shape[1])[:4]]
+
+
+class PlansTooFewLayers(Rule):
+    def plan(self, num_layers, tokens_per_frame):
+        return [(0,)] * (num_layers - 1)
+
+
+class PlansNothingLeft(Rule):
+    def plan(self, num_layers, tokens_per_frame):
+        return [(0,)] * (num_layers - 1) + [()]
+
+
+class PlansSlotsBeyond(Rule):
+    def plan(self, num_layers, tokens_per_frame):
+        return [(tokens_per_frame,)] * num_layers
+
+
+class BringsBack(Rule):
+    def plan(self, num_layers, tokens_per_frame):
+        return [(0,)] * (num_layers - 1) + [(0, 1)]
+
+
+class PlansAtRandom(Rule):
+    def plan(self, num_layers, tokens_per_frame):
+        return [tuple(sorted(torch.randperm(tokens_per_frame)[:4].tolist()))] * num_layers
+
+
+class FromTheData(Rule):
+    """Keeps the longer half after the first layer."""
+
+    def plan(self, num_layers, tokens_per_frame):
+        return None
+
+    def after_layer(self, output):
+        return self.keep(output) if output.layer == 0 else None
+
+    def keep(self, output):
+        length = output.hidden.norm(dim=-1).masked_fill(~output.layout.visual, -1)
+        counts = output.layout.visual.sum(1, keepdim=True) // 2
+        return length.argsort(1, descending=True).argsort(1) < counts
+
+
+class ReturnsIndices(FromTheData):
+    def keep(self, output):
+        return output.hidden.norm(dim=-1).argsort(1)
+
+
+class ReturnsFramesOnly(FromTheData):
+    def keep(self, output):
+        return torch.ones(output.hidden.shape[0], 3, dtype=torch.bool)
+
+
+class KeepsNoVisualToken(FromTheData):
+    def keep(self, output):
+        return ~output.layout.visual
+
+
+class WritesIntoHidden(FromTheData):
+    def keep(self, output):
+        output.hidden.zero_()
+
+
+class CountsPadding(FromTheData):
+    """Half of the width of the batch, whatever a sample's own length."""
+
+    def keep(self, output):
+        length = output.hidden.norm(dim=-1).masked_fill(~output.layout.visual, -1)
+        return length.argsort(1, descending=True).argsort(1) < output.hidden.shape[1] // 2
+
+
+class LooksAtTheFirstSample(FromTheData):
+    def keep(self, output):
+        return super().keep(output) & (output.hidden.mean(-1) > output.hidden[0, 4].mean())
+
+
+class ChangesItsMind(FromTheData):
+    calls = 0
+
+    def keep(self, output):
+        self.calls += 1
+        return super().keep(output) if self.calls % 2 else None
+
+
+class StopsTheGradient(Rule):
+    def before_llm(self, tokens):
+        return tokens.detach()
+
+
+class BreaksTraining(Rule):
+    def before_llm(self, tokens):
+        return torch.from_numpy(tokens.numpy()) if tokens.dtype == torch.float32 else tokens
+
+
+BROKEN = {
+    NoConfig: "must have a Config dataclass",
+    Fails: r"before_llm\(\) must not fail; KeyError: 'no key'",
+    Flattens: r"before_llm\(\) must turn \(T, N, D\) = \(2, 8, 32\) into \(T', N', D\)",
+    Widens: r"before_llm\(\) must turn",
+    Repeats: r"before_llm\(\) must keep at least 1 token and add none: \(2, 8, 32\) became \(2, 16, 32\)",
+    KeepsNothing: r"before_llm\(\) must keep at least 1 token",
+    TurnsToFloat: r"before_llm\(\) must keep the type: bfloat16 became torch.float32",
+    TurnsToHalf: r"before_llm\(\) must turn .* of the same type",
+    WritesIntoTokens: r"before_llm\(\) must leave its inputs as they are",
+    DropsAtRandom: r"before_llm\(\) must give the same for the same inputs",
+    PlansTooFewLayers: r"plan\(\) must not fail; .*names 3 layers, but the language model has 4",
+    PlansNothingLeft: r"plan\(\) must not fail; .*keeps no token of a frame at layer 4",
+    PlansSlotsBeyond: r"plan\(\) must not fail; .*names slot 8 at layer 1",
+    BringsBack: r"plan\(\) must not fail; .*brings back slots dropped earlier, at layer 4",
+    PlansAtRandom: r"plan\(\) must give the same for the same inputs",
+    ReturnsIndices: r"after_layer\(\) must return None or \(B, S\) = \(1, 25\) bool",
+    ReturnsFramesOnly: r"after_layer\(\) must return None or \(B, S\) = \(1, 25\) bool",
+    KeepsNoVisualToken: r"after_layer\(\) must keep a visual token of every sample",
+    WritesIntoHidden: r"after_layer\(\) must leave its inputs as they are",
+    CountsPadding: "a batch must give what each sample gives alone .*tokens kept differ",
+    LooksAtTheFirstSample: "a batch must give what each sample gives alone",
+    ChangesItsMind: "a pass must give the same when it is repeated",
+    StopsTheGradient: "a gradient must flow from the logits through the compressor to the visual tokens",
+    BreaksTraining: "training must not fail; RuntimeError",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda c: c.__name__)
+def test_a_broken_compressor_is_caught(broken):
+    torch.manual_seed(0)
+    with pytest.raises(ContractError, match=f"compressor '{broken.__name__}': .*{BROKEN[broken]}"):
+        check_compressor(broken)
+
+
+def test_a_sound_rule_of_each_sort_passes():
+    check_compressor(Rule)
+    check_compressor(FromTheData)
+    check_compressor(Rule(None))
+    with pytest.raises(ValueError, match="compressor 'Rule' has no option 'tokens'"):
+        check_compressor(Rule, tokens=3)

@@ -1,0 +1,112 @@
+"""CLIP similarity against transformers' own CLIP on the same pictures."""
+
+import pytest
+import torch
+from conftest import relative_error
+from PIL import Image
+from tiny_clip import save_tiny_clip
+from torch.nn.functional import interpolate
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+import xcomp
+from xcomp.tiny import tiny_backbone
+
+NONE = torch.tensor([1])
+QUESTION = "which symbol appears first"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def frames():
+    """(7, 24, 24, 3) uint8: smooth pictures, each of its own colours."""
+    coarse = torch.rand(7, 3, 3, 3, generator=torch.Generator().manual_seed(1)) * 255
+    return interpolate(coarse, 24, mode="bicubic").clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def scores_of(selector, frames, question=QUESTION, mean=MEAN, std=STD, question_ids=NONE):
+    """The selector's scores of frames as a backbone with these statistics would have preprocessed them."""
+    backbone = tiny_backbone()
+    backbone.pixel_mean, backbone.pixel_std = mean, std
+    pixels = (frames / 255 - torch.tensor(mean)) / torch.tensor(std)
+    return selector.score_frames(backbone, pixels.permute(0, 3, 1, 2), NONE, question_ids, NONE, question=question)
+
+
+@torch.no_grad()
+def transformers_scores(folder, frames, question=QUESTION):
+    """Cosine similarities as CLIP's own forward returns them, without its temperature."""
+    model, processor = CLIPModel.from_pretrained(folder).float(), CLIPImageProcessorPil.from_pretrained(folder)
+    text = AutoTokenizer.from_pretrained(folder)([question], return_tensors="pt")
+    pictures = processor([Image.fromarray(f) for f in frames.numpy()], return_tensors="pt")
+    out = model(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=pictures.pixel_values)
+    return out.logits_per_image[:, 0] / model.logit_scale.exp()
+
+
+def test_scores_equal_transformers(folder, frames):
+    ours = scores_of(xcomp.load_selector("clip_similarity", checkpoint=folder), frames)
+    theirs = transformers_scores(folder, frames)
+    assert relative_error(ours, theirs) < 1e-5
+    assert theirs.std() > 0.01 and ours.dtype == torch.float32  # the frames differ, so an error would show
+
+
+@pytest.mark.parametrize("mean, std", [((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), ((0.5, 0.5, 0.5), (0.5, 0.4, 0.1))])
+def test_the_backbones_normalisation_is_undone(folder, frames, mean, std):
+    selector = xcomp.load_selector("clip_similarity", checkpoint=folder)
+    ours = scores_of(selector, frames, mean=mean, std=std)
+    assert relative_error(ours, transformers_scores(folder, frames)) < 1e-5
+
+
+def test_frames_of_another_size_are_resized(folder, frames):
+    large = frames.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    ours = scores_of(xcomp.load_selector("clip_similarity", checkpoint=folder), large)
+    # transformers resizes in Pillow, which differs by a level here and there
+    assert relative_error(ours, transformers_scores(folder, large)) < 1e-2
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 50])
+def test_the_batch_size_does_not_matter(folder, frames, batch_size):
+    ours = scores_of(xcomp.load_selector("clip_similarity", checkpoint=folder, batch_size=batch_size), frames)
+    assert relative_error(ours, transformers_scores(folder, frames)) < 1e-5
+
+
+def test_the_question_matters_and_is_read_back_from_its_ids(folder, frames):
+    selector = xcomp.load_selector("clip_similarity", checkpoint=folder)
+    other = scores_of(selector, frames, "what colour is the ring")
+    assert relative_error(other, scores_of(selector, frames)) > 1e-2
+    ids = torch.tensor(tiny_backbone().tokenizer("  what colour is the ring ")["input_ids"])
+    assert torch.equal(scores_of(selector, frames, None, question_ids=ids), other)
+
+
+def test_a_long_question_is_cut_to_what_clip_can_read(folder, frames):
+    selector = xcomp.load_selector("clip_similarity", checkpoint=folder)
+    words = "which symbol is the first red ring".split()  # 7 words and the end fill the 8 positions
+    cut = scores_of(selector, frames, " ".join(words + ["what", "colour"] * 20))
+    assert torch.equal(cut, scores_of(selector, frames, " ".join(words)))
+
+
+def test_weights_stored_in_half_precision_are_used_in_full(tmp_path, frames):
+    half = save_tiny_clip(tmp_path, dtype=torch.float16)
+    ours = scores_of(xcomp.load_selector("clip_similarity", checkpoint=half), frames)
+    assert relative_error(ours, transformers_scores(half, frames)) < 1e-5
+
+
+def test_nothing_of_it_is_trained(folder):
+    selector = xcomp.load_selector("clip_similarity", checkpoint=folder)
+    assert list(selector.parameters()) and not any(p.requires_grad for p in selector.parameters())
+
+
+def test_a_tokenizer_that_does_not_close_a_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must close a text with its end token"):
+        xcomp.load_selector("clip_similarity", checkpoint=save_tiny_clip(tmp_path, closes=False))
+
+
+@pytest.mark.parametrize("options, message", [({"batch_size": 0}, "batch_size is 0"), ({}, "no CLIP in")])
+def test_options_are_checked(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        xcomp.load_selector("clip_similarity", checkpoint=str(tmp_path), **options)

@@ -1,0 +1,264 @@
+"""The command line as a user meets it: real processes, what they print, and one line for every mistake."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import xcomp
+from xcomp.config import load_config, parse_config
+from xcomp.model import VideoQA
+from xcomp.registry import KINDS, plugins
+from xcomp.run import open_run
+
+XCOMP = [sys.executable, "-m", "xcomp.cli"]
+# Every command is a process of its own, forked from one that has the libraries loaded, and left without taking the
+# interpreter down: that saves seconds each.
+SERVER = """
+import json, os, sys, traceback
+import xcomp.compare.runner, xcomp.tuning
+from xcomp.cli import main
+from xcomp.config import load_config
+xcomp.VideoQA.from_config(load_config("run.yaml"))
+for line in sys.stdin:
+    arguments, out, err = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for number, name in ((1, out), (2, err)):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        try:
+            status = main(arguments)
+        except BaseException:
+            status = traceback.print_exc() or 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_checkpoint, needle_videos):
+    """A folder to work in: a configuration, files that are no videos, and runs of another configuration."""
+    folder = tmp_path_factory.mktemp("place")
+    run = {
+        "name": "tiny",
+        "backbone": {"name": "videochat_flash", "checkpoint": str(tiny_checkpoint)},
+        "compressor": {"name": "lp_comp"},
+        "benchmark": {"name": "needle", **needle_videos},
+        "frames": 4,
+        "limit": 3,
+        "sampling": {"rate": 2, "min_frames": 8, "max_frames": 8},
+        "generation": {"max_new_tokens": 3},
+        "tune": {"data": [{"benchmark": {"name": "needle", "split": "train", **needle_videos}}], "steps": 1},
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    (folder / "torn.yaml").write_text("name: [a\n")
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("no video at all\n" * 20)
+    (folder / "text.avi").write_text("no video at all\n" * 20)
+    for command in ("evaluate", "tune"):
+        open_run(parse_config({**run, "output": str(folder / "runs"), "name": f"old-{command}"}, "x"), command)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def video(needle_videos):
+    return xcomp.load_benchmark("needle", **needle_videos).questions()[0].video
+
+
+@pytest.fixture(scope="module")
+def run_cli(place, tmp_path_factory):
+    """Runs one command in ``place`` → (exit status, stdout, stderr)."""
+    out, err = (tmp_path_factory.mktemp("streams") / name for name in ("out", "err"))
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", SERVER], cwd=place, **pipes) as server:
+
+        def run(*arguments):
+            server.stdin.write(json.dumps([list(map(str, arguments)), str(out), str(err)]) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline()), out.read_text(), err.read_text()
+
+        yield run
+        server.stdin.close()
+
+
+def listing(folder):
+    return {p: p.read_bytes() if p.is_file() else None for p in sorted(Path(folder).rglob("*"))}
+
+
+# --- what it prints ---------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command():
+    done = subprocess.run([*XCOMP, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert all(command in done.stdout for command in ("compare", "tune", "evaluate", "ask", "plugins"))
+
+
+def test_version():
+    done = subprocess.run([*XCOMP, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"xcomp {xcomp.__version__}\n")
+
+
+def test_plugins_lists_all_of_them_without_loading_torch(tmp_path):
+    (tmp_path / "mine.py").write_text("from xcomp import Compressor\nclass Mine(Compressor): pass\n")
+    script = "import sys; from xcomp.cli import main; s = main(sys.argv[1:]); sys.exit(s or 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script, "plugins", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    listed = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    known = [[kind, p.name, p.origin] for kind in KINDS for p in plugins(kind, [tmp_path]).values()]
+    assert sorted(listed) == sorted(known) and ["compressor", "mine", str(tmp_path)] in listed
+
+
+def test_ask_answers_on_stdout_and_nothing_else(place, video):
+    question, options = "Which symbol appears first?", ["cross", "ring", "arch"]
+    command = [*XCOMP, "ask", video, question, "--options", *options, "--config", "run.yaml", "--set", "frames=8"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    answer = VideoQA.from_config(load_config(place / "run.yaml", ["frames=8"])).eval().ask(video, question, options)
+    assert done.stdout.strip() == (answer.text if answer.choice is None else options[answer.choice])
+
+
+@needs_fork
+def test_ask_without_options(run_cli, place, video):
+    status, out, err = run_cli("ask", video, "What?", "--config", "run.yaml")
+    assert (status, err) == (0, "")
+    assert out.strip() == VideoQA.from_config(load_config(place / "run.yaml")).eval().ask(video, "What?").text
+
+
+@needs_fork
+def test_evaluate_prints_a_table_and_resumes(run_cli, place):
+    status, out, err = run_cli("evaluate", "run.yaml", "name=evaluated")
+    assert (status, err) == (0, "") and "lp_comp + uniform" in out and "3 questions" in out
+    records = (place / "runs" / "evaluated" / "records.jsonl").read_text()
+    assert run_cli("evaluate", "run.yaml", "name=evaluated")[0] == 0
+    assert (place / "runs" / "evaluated" / "records.jsonl").read_text() == records
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "unknown plugin": ("evaluate run.yaml compressor=lp_cmp", "unknown compressor 'lp_cmp'; did you mean 'lp_comp'?"),
+    "unknown benchmark": ("evaluate run.yaml benchmark=nedle", "unknown benchmark 'nedle'; did you mean 'needle'?"),
+    "mistyped option": (
+        "evaluate run.yaml backbone.chekpoint=x",
+        "backbone 'videochat_flash' has no option 'chekpoint'; did you mean 'checkpoint'?",
+    ),
+    "mistyped key": ("evaluate run.yaml bach_size=2", "has no key 'bach_size'; did you mean 'batch_size'?"),
+    "mistyped arm key": ("compare run.yaml arms=[{frame:\\ 8}]", "arms[0]' has no key 'frame'; did you mean 'frames'?"),
+    "value out of range": ("tune run.yaml tune.steps=0", "tune.steps is 0; it must be at least 1"),
+    "option out of range": ("evaluate run.yaml benchmark.fps=0", "fps=0 must be an integer 1..120"),
+    "wrong type": ("evaluate run.yaml frames=many", "frames is 'many'; it must be a number of frames"),
+    "budget that cuts clips": ("evaluate run.yaml frames=6", "a budget of 6 frames does not divide into encoder clips of 4"),
+    "a later arm's budget": ("compare run.yaml frames=[4,6]", "a budget of 6 frames does not divide"),
+    "sampling that cuts clips": (
+        "evaluate run.yaml sampling.multiple=2",
+        "sampling.multiple is 2; it must be a multiple of 4",
+    ),
+    "tuning budget": ("tune run.yaml tune.frames=[4,6]", "a budget of 6 frames does not divide"),
+    "several budgets to ask": ("ask VIDEO What? --config run.yaml --set frames=[4,8]", "frames is [4, 8]; several"),
+    "missing video": ("ask nothing.mp4 What? --config run.yaml", "nothing.mp4: no such file or folder"),
+    "text for a video": ("ask text.mp4 What? --config run.yaml", "text.mp4: not a readable video"),
+    "text for an AVI": ("ask text.avi What? --config run.yaml", "text.avi: not a readable video"),
+    "text, by decord": (
+        "ask text.mp4 What? --config run.yaml --set sampling.reader=decord",
+        "text.mp4: not a readable video",
+    ),
+    "empty video": ("ask empty.mp4 What? --config run.yaml", "empty.mp4: not a readable video"),
+    "folder without images": ("ask runs What? --config run.yaml", "runs: video has no frames"),
+    "one option": ("ask VIDEO What? --options A --config run.yaml", "a question has 1 options; it must have 2..26"),
+    "missing config": ("tune rum.yaml", "config 'rum.yaml' does not exist"),
+    "config that is no YAML": ("tune torn.yaml", "config 'torn.yaml' cannot be read: while parsing a flow sequence"),
+    "video for a config": ("tune empty.mp4/x", "config 'empty.mp4/x' does not exist"),
+    "another run's folder": (
+        "evaluate run.yaml name=old-evaluate frames=8",
+        "belongs to a different config: frames was 4, now 8; choose another 'name', or delete the folder",
+    ),
+    "another tuning's folder": (
+        "tune run.yaml name=old-tune tune.steps=2",
+        "belongs to a different config: tune.steps was 1, now 2; choose another 'name'",
+    ),
+    "another command's folder": ("tune run.yaml name=old-evaluate", "belongs to 'xcomp evaluate'; choose another 'name'"),
+    "unknown trainer option": (
+        "tune run.yaml trainer.max_stps=1",
+        "trainer has no option 'max_stps'; did you mean 'max_steps'?",
+    ),
+    "refused trainer option": ("tune run.yaml trainer.precision=7", "trainer: Precision 7 is invalid"),
+    "unknown trainer option, evaluating": ("evaluate run.yaml trainer.acelerator=cpu", "did you mean 'accelerator'?"),
+    "refused trainer option, evaluating": ("evaluate run.yaml trainer.strategy=none", "trainer: You selected an invalid"),
+    "callbacks": ("evaluate run.yaml trainer.callbacks=[]", "trainer has no option 'callbacks'"),
+    "output below a file": ("evaluate run.yaml output=run.yaml/runs", "cannot be made: 'PLACE/run.yaml' is a file"),
+    "output below a file, tuning": ("tune run.yaml output=empty.mp4", "cannot be made: 'PLACE/empty.mp4' is a file"),
+    "missing checkpoint": ("evaluate run.yaml backbone.checkpoint=/nowhere", "checkpoint '/nowhere' is neither a folder"),
+    "folder without a checkpoint": ("evaluate run.yaml backbone.checkpoint=runs", "config.json"),
+    "missing device": ("evaluate run.yaml backbone.device=cuda:99", "device 'cuda:99' cannot be used here"),
+    "missing plugin folder": ("evaluate run.yaml plugins=[none]", "plugin folder 'none' does not exist"),
+    "no benchmark": ("evaluate run.yaml benchmark=null", "no benchmark; name one"),
+    "no training data": ("tune run.yaml tune.data=[]", "tune.data is empty"),
+    "mistyped data key": ("tune run.yaml tune.data[0].task=[open]", "tune.data[0] has no key 'task'; did you mean 'tasks'?"),
+    "missing records": ("tune run.yaml tune.data=[{records:\\ none.json}]", "records file 'none.json' cannot be read: No such file"),
+    "records that are no JSON": ("tune run.yaml tune.data=[{records:\\ text.mp4}]", "records file 'text.mp4' is not JSON"),
+}
+
+
+@needs_fork
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(run_cli, place, video, name):
+    command, message = MISTAKES[name]
+    arguments = shlex.split(command.replace("VIDEO", video))
+    before = listing(place)
+    status, out, err = run_cli(*arguments)
+    assert status == 2 and out == ""
+    assert err.startswith("xcomp: error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert message.replace("PLACE", str(place)) in err
+    assert listing(place) == before
+
+
+@needs_fork
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_folder_that_is_read_only(run_cli, tmp_path):
+    tmp_path.chmod(0o500)
+    status, _, err = run_cli("evaluate", "run.yaml", f"output={tmp_path}")
+    assert status == 2 and err.count("\n") == 1 and f"'{tmp_path}' is not writable" in err
+
+
+def test_a_mistake_in_a_process_started_from_nothing(place):
+    """The libraries' own imports and the loading of a model write nothing to stderr either."""
+    command = [*XCOMP, "evaluate", "run.yaml", "frames=6"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "xcomp: error: a budget of 6 frames does not divide into encoder clips of 4; take 4\n"
+
+
+@needs_fork
+def test_an_interrupted_run_says_that_it_resumes(run_cli, place):
+    (place / "stopping.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from pathlib import Path\n"
+        "from xcomp.selector import FrameSelector\n"
+        "class Stopping(FrameSelector):\n"
+        "    @dataclass\n"
+        "    class Config: pass\n"
+        "    uses_video, asked = False, 0\n"
+        "    def select(self, scores, budget):\n"
+        "        self.asked += 1\n"
+        "        if self.asked == 3 and not Path('asked').exists():\n"
+        "            Path('asked').touch()\n"
+        "            raise KeyboardInterrupt\n"  # as Ctrl-C does
+        "        return list(range(budget))\n"
+    )
+    command = ("evaluate", "run.yaml", "plugins=[.]", "selector=stopping", "name=stopped")
+    status, _, err = run_cli(*command)
+    assert (status, err) == (130, "xcomp: interrupted; the same command resumes\n")
+    records = place / "runs" / "stopped" / "records.jsonl"
+    assert len(records.read_text().splitlines()) == 1  # the warm-up, the first question, and then the interruption
+    assert run_cli(*command)[0] == 0
+    assert len({json.loads(line)["question_id"] for line in records.open()}) == 3
