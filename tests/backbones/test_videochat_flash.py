@@ -588,6 +588,9 @@ def test_random_weights_follow_the_seed():
             assert (tensor == 1).all()
         elif name.endswith("bias"):
             assert (tensor == 0).all()
+        elif name.startswith(("vision_tower", "projector")):  # Xavier
+            expected = (2 / sum(tensor.flatten(1).shape)) ** 0.5
+            assert 0.8 * expected < tensor.std() < 1.2 * expected, name
         else:
             assert 0.015 < tensor.std() < 0.025, name
 
