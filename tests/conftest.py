@@ -44,7 +44,13 @@ ARCHITECTURE = {
     "mm_projector_type": "tome16_mlp_hd64",
     "mm_hidden_size": 32,
     "mm_local_num_frames": 4,
-    "vision_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4},
+    "vision_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    },
 }
 
 

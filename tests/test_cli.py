@@ -157,7 +157,10 @@ MISTAKES = {
     "value out of range": ("tune run.yaml tune.steps=0", "tune.steps is 0; it must be at least 1"),
     "option out of range": ("evaluate run.yaml benchmark.fps=0", "fps=0 must be an integer 1..120"),
     "wrong type": ("evaluate run.yaml frames=many", "frames is 'many'; it must be a number of frames"),
-    "budget that cuts clips": ("evaluate run.yaml frames=6", "a budget of 6 frames does not divide into encoder clips of 4"),
+    "budget that cuts clips": (
+        "evaluate run.yaml frames=6",
+        "a budget of 6 frames does not divide into encoder clips of 4",
+    ),
     "a later arm's budget": ("compare run.yaml frames=[4,6]", "a budget of 6 frames does not divide"),
     "sampling that cuts clips": (
         "evaluate run.yaml sampling.multiple=2",
@@ -186,26 +189,44 @@ MISTAKES = {
         "tune run.yaml name=old-tune tune.steps=2",
         "belongs to a different config: tune.steps was 1, now 2; choose another 'name'",
     ),
-    "another command's folder": ("tune run.yaml name=old-evaluate", "belongs to 'xcomp evaluate'; choose another 'name'"),
+    "another command's folder": (
+        "tune run.yaml name=old-evaluate",
+        "belongs to 'xcomp evaluate'; choose another 'name'",
+    ),
     "unknown trainer option": (
         "tune run.yaml trainer.max_stps=1",
         "trainer has no option 'max_stps'; did you mean 'max_steps'?",
     ),
     "refused trainer option": ("tune run.yaml trainer.precision=7", "trainer: Precision 7 is invalid"),
     "unknown trainer option, evaluating": ("evaluate run.yaml trainer.acelerator=cpu", "did you mean 'accelerator'?"),
-    "refused trainer option, evaluating": ("evaluate run.yaml trainer.strategy=none", "trainer: You selected an invalid"),
+    "refused trainer option, evaluating": (
+        "evaluate run.yaml trainer.strategy=none",
+        "trainer: You selected an invalid",
+    ),
     "callbacks": ("evaluate run.yaml trainer.callbacks=[]", "trainer has no option 'callbacks'"),
     "output below a file": ("evaluate run.yaml output=run.yaml/runs", "cannot be made: 'PLACE/run.yaml' is a file"),
     "output below a file, tuning": ("tune run.yaml output=empty.mp4", "cannot be made: 'PLACE/empty.mp4' is a file"),
-    "missing checkpoint": ("evaluate run.yaml backbone.checkpoint=/nowhere", "checkpoint '/nowhere' is neither a folder"),
+    "missing checkpoint": (
+        "evaluate run.yaml backbone.checkpoint=/nowhere",
+        "checkpoint '/nowhere' is neither a folder",
+    ),
     "folder without a checkpoint": ("evaluate run.yaml backbone.checkpoint=runs", "config.json"),
     "missing device": ("evaluate run.yaml backbone.device=cuda:99", "device 'cuda:99' cannot be used here"),
     "missing plugin folder": ("evaluate run.yaml plugins=[none]", "plugin folder 'none' does not exist"),
     "no benchmark": ("evaluate run.yaml benchmark=null", "no benchmark; name one"),
     "no training data": ("tune run.yaml tune.data=[]", "tune.data is empty"),
-    "mistyped data key": ("tune run.yaml tune.data[0].task=[open]", "tune.data[0] has no key 'task'; did you mean 'tasks'?"),
-    "missing records": ("tune run.yaml tune.data=[{records:\\ none.json}]", "records file 'none.json' cannot be read: No such file"),
-    "records that are no JSON": ("tune run.yaml tune.data=[{records:\\ text.mp4}]", "records file 'text.mp4' is not JSON"),
+    "mistyped data key": (
+        "tune run.yaml tune.data[0].task=[open]",
+        "tune.data[0] has no key 'task'; did you mean 'tasks'?",
+    ),
+    "missing records": (
+        "tune run.yaml tune.data=[{records:\\ none.json}]",
+        "records file 'none.json' cannot be read: No such file",
+    ),
+    "records that are no JSON": (
+        "tune run.yaml tune.data=[{records:\\ text.mp4}]",
+        "records file 'text.mp4' is not JSON",
+    ),
 }
 
 

@@ -9,8 +9,21 @@ import pytest
 import xcomp
 from xcomp.cli import _parser
 from xcomp.compare.arms import resolve_arms
-from xcomp.config import Arm, ConfigError, Generation, RunConfig, Sampling, Tune, built_in, check_component
-from xcomp.config import find_checkpoint, find_config, load_config, parse_config, split_component
+from xcomp.config import (
+    Arm,
+    ConfigError,
+    Generation,
+    RunConfig,
+    Sampling,
+    Tune,
+    built_in,
+    check_component,
+    find_checkpoint,
+    find_config,
+    load_config,
+    parse_config,
+    split_component,
+)
 
 CONFIGS = Path(xcomp.__file__).resolve().parent.parent / "configs"
 SHIPPED = {p.relative_to(CONFIGS).with_suffix("").as_posix(): p for p in sorted(CONFIGS.rglob("*.yaml"))}
@@ -171,7 +184,8 @@ def write(tmp_path):
 
 
 def test_overrides_reach_every_level(write):
-    path = write("backbone: {name: videochat_flash, checkpoint: old}\narms: [{name: a}, {name: b}]\ntune: {frames: [4]}\n")
+    text = "backbone: {name: videochat_flash, checkpoint: old}\narms: [{name: a}, {name: b}]\ntune: {frames: [4]}\n"
+    path = write(text)
     overrides = ["name=new", "backbone.checkpoint=there", "backbone.dtype=bfloat16", "tune.learning_rate=1e-3"]
     overrides += ["tune.frames=[8,16]", "arms[1].frames=32", "trainer.max_time=00:01:00:00", "compressor=none"]
     config = load_config(path, overrides)

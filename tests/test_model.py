@@ -59,7 +59,7 @@ def samples(backbone, videos):
 
 
 def own_loss(model, sample):
-    """One sample's summed cross-entropy, answer tokens, and those predicted right: all logits, then the labelled ones."""
+    """One sample's summed cross-entropy, its answer tokens and those predicted right, from the logits everywhere."""
     tokens = model.backbone.encode(sample.pixels)
     suffix, labels = sample.text.suffix_ids, sample.text.labels
     logits = model.decoder.logits(tokens, sample.text.prefix_ids, suffix, [len(suffix)])

@@ -46,7 +46,7 @@ def files_of_checkout():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of the checkout with a new plugin, a new folder of configurations and a checkpoint: nothing else edited."""
+    """A copy of the checkout with a new plugin, a new folder of configurations and a checkpoint; nothing is edited."""
     copy = tmp_path_factory.mktemp("source")
     new = {
         "configs/brand_new/deeper/run.yaml": "name: deep\n",

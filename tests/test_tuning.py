@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,12 +170,32 @@ def test_another_configuration_is_refused_in_the_same_folder(make):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
-def test_a_run_may_be_moved(make, tmp_path):
-    folder = run(make("run", steps=1)).parent
-    (tmp_path / "elsewhere").mkdir()
-    folder.rename(tmp_path / "elsewhere" / "run")
-    moved = run(make("run", {"output": str(tmp_path / "elsewhere")}, steps=1))
-    assert moved == tmp_path / "elsewhere" / "run" / "model"
+def test_a_stopped_run_may_be_moved(make, tmp_path, stop_before):
+    whole = run(make("whole"))
+    there = str(tmp_path / "there")
+    for batches, top in ((3, {}), (3, {"output": there})):  # stopped after 3 steps; moved, and stopped after 3 more
+        restore = stop_before(batches)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(make("run", top))
+        restore()
+        if not top:
+            (tmp_path / "there").mkdir()
+            (tmp_path / "runs" / "run").rename(tmp_path / "there" / "run")
+    last = torch.load(tmp_path / "there" / "run" / "checkpoints" / "last.ckpt", weights_only=False)
+    assert last["global_step"] == 4
+    assert same(weights(run(make("run", {"output": there}))), weights(whole))
+
+
+def test_a_run_stopped_before_its_model_was_written_writes_it(make):
+    model = run(make("run", steps=4))
+    before = weights(model)
+    shutil.rmtree(model)
+    assert run(make("run", steps=4)) == model and same(weights(model), before)
+
+
+def test_a_trainer_option_that_fits_no_such_data_is_refused(make):
+    with pytest.raises(ConfigError, match="trainer: You requested to check 0.001 of the train_dataloader"):
+        run(make("run", {"trainer": {"limit_train_batches": 0.001}}))
 
 
 def test_the_model_is_saved_in_the_type_asked_for(make):

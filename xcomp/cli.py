@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _quiet() -> None:
     """Hold back what Lightning says about hardware, products and itself; its other warnings are shown."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    for message in (r"`isinstance\(treespec, LeafSpec\)`", "You have overridden `transfer_batch_to_device`"):
+    of_itself = r"`isinstance\(treespec, LeafSpec\)`", "You have overridden `transfer_batch_to_device`"
+    for message in (*of_itself, "Checkpoint directory .* exists and is not empty"):  # a resumed run's does
         warnings.filterwarnings("ignore", message)
 
 

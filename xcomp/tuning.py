@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -34,7 +35,11 @@ def tune(config: RunConfig) -> Path:
     data = ConversationData(config, model.backbone)
     open_run(config, "tune")
     last = folder / "checkpoints" / "last.ckpt"
-    trainer.fit(model, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=False)
+    resume = str(last) if last.is_file() else None
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=False)
+    except MisconfigurationException as error:  # an option that fits no data like these
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     if trainer.is_global_zero:
         model.backbone.save_pretrained(str(folder / "model"), dtype=config.tune.save_dtype)
     return folder / "model"
@@ -45,14 +50,19 @@ def tuning_trainer(config: RunConfig) -> L.Trainer:
     folder, given = config.folder, config.trainer
     callbacks: list[Callback] = []
     if given.get("enable_checkpointing", True):
-        every = config.tune.save_every
-        path = folder / "checkpoints"
-        callbacks.append(ModelCheckpoint(dirpath=path, filename="{step}", save_last=True, every_n_train_steps=every))
+        keep = ModelCheckpoint(
+            dirpath=folder / "checkpoints",
+            filename="{step}",
+            save_last=True,
+            every_n_train_steps=config.tune.save_every,
+            enable_version_counter=False,  # or a run that was moved would write last-v1.ckpt, which is not resumed
+        )
+        callbacks.append(keep)
     if given.get("logger", True):
         callbacks.append(LearningRateMonitor())
     if given.get("enable_progress_bar", True):
         callbacks.append(RichProgressBar())
-    start = len(list(folder.glob("logs/version_*")))  # a new folder for each start: the CSV logger deletes what it finds
+    start = len(list(folder.glob("logs/version_*")))  # a folder for each start: the CSV logger deletes what it finds
     return make_trainer(
         given,
         max_steps=config.tune.steps,

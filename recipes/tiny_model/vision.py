@@ -33,7 +33,7 @@ ARCHITECTURE = {
     "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
-    "initializer_range": 0.08,
+    "initializer_range": 0.04,
     "tie_word_embeddings": True,
     "mm_vision_tower": "umt-large",
     "mm_vision_select_layer": -2,
@@ -93,6 +93,20 @@ def scores(readout: Readout, tokens: Tensor, colours: Tensor, places: Tensor) ->
     return ", ".join(f"{name} {right.float().mean():.3f}" for name, right in parts.items())
 
 
+@torch.no_grad()
+def match_words(backbone, pixels: Tensor) -> None:
+    """Centre the visual tokens and give them the length of word embeddings, by the projector's last layer.
+
+    Left as they are, their common part (of ten times a word's length) drowns the words in the first layer's attention.
+    """
+    tokens, last = backbone.encode(pixels).flatten(0, 1), backbone.projector.mlp[2]
+    centre = tokens.mean(0)
+    words = backbone.language_model.embed_tokens.weight.norm(dim=-1).mean()
+    scale = words / (tokens - centre).norm(dim=-1).mean()
+    last.weight.mul_(scale)
+    last.bias.sub_(centre).mul_(scale)
+
+
 def main(tokenizer: str, folder: str) -> None:
     torch.manual_seed(SEED)
     backbone = xcomp.load_backbone("videochat_flash", architecture=ARCHITECTURE, tokenizer=tokenizer)
@@ -120,6 +134,7 @@ def main(tokenizer: str, folder: str) -> None:
                 tokens = backbone.encode(pixels[held_out].flatten(0, 1)).unflatten(0, (400, -1)).flatten(1, 2)
                 held = scores(readout, tokens, colours[held_out], places[held_out])
             print(f"step {step}: loss {loss.item():.3f}; held out: {held} ({time.time() - started:.0f} s)", flush=True)
+    match_words(backbone, pixels[held_out].flatten(0, 1))
     backbone.save_pretrained(folder)
 
 

@@ -189,12 +189,15 @@ def test_every_turn_of_a_conversation_is_supervised(backbone):
 def test_no_special_token_is_added_to_an_answer(backbone, monkeypatch):
     """Tokenizers of the Llama family begin every text with one of their own unless told not to."""
     plain = backbone.tokenizer
-    added = lambda text, add_special_tokens=True: {"input_ids": [0] * add_special_tokens + plain(text)["input_ids"]}
+
+    def adding(text, add_special_tokens=True):
+        return {"input_ids": [0] * add_special_tokens + plain(text)["input_ids"]}
+
     expected = tokenise(backbone, Conversation("v", (("Q", "A"), ("Q", "A"))), SHOWN)
     prompts = {"prompt": backbone.prompt("Q", SHOWN), "follow_up": backbone.follow_up("Q")}
     monkeypatch.setattr(type(backbone), "stop_ids", backbone.stop_ids)
     for method, ids in prompts.items():
         monkeypatch.setattr(backbone, method, lambda *_, ids=ids: ids)
-    monkeypatch.setattr(backbone, "tokenizer", added)
+    monkeypatch.setattr(backbone, "tokenizer", adding)
     text = tokenise(backbone, Conversation("v", (("Q", "A"), ("Q", "A"))), SHOWN)
     assert torch.equal(text.labels, expected.labels) and torch.equal(text.suffix_ids, expected.suffix_ids)

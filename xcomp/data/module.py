@@ -122,7 +122,8 @@ class ConversationData(L.LightningDataModule):
         self.config = config
         self.backbone = backbone
         self.train_set = self._dataset(config.tune.data, "tune.data")
-        self.validation_set = self._dataset(config.tune.validation, "tune.validation") if config.tune.validation else None
+        validation = config.tune.validation
+        self.validation_set = self._dataset(validation, "tune.validation") if validation else None
 
     def _dataset(self, sources: Sequence, where: str) -> ConversationDataset:
         c = self.config

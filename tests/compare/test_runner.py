@@ -1,0 +1,225 @@
+"""Comparisons on a tiny model: a record a question, resumed without gaps or doubles, and broken videos counted."""
+
+import json
+
+import pytest
+
+import xcomp
+from xcomp.cli import main
+from xcomp.compare import runner
+from xcomp.compare.arms import resolve_arms
+from xcomp.compare.report import read_run
+from xcomp.compare.runner import compare, evaluate, read_records
+from xcomp.compare.statistics import summarise
+from xcomp.config import ConfigError, parse_config
+
+ARMS = [
+    {"name": "whole", "compressor": "none", "frames": 8},
+    {"name": "half", "compressor": {"name": "avg_pool", "tokens": 8}, "selector": "qc_comp", "frames": 4},
+]
+MIXED = """
+from dataclasses import dataclass
+import xcomp
+from xcomp.benchmark import Benchmark, Question
+
+
+class Mixed(Benchmark):
+    @dataclass
+    class Config:
+        root: str
+        broken: str
+        only_broken: bool = False
+
+    def questions(self):
+        needle = xcomp.load_benchmark("needle", num_videos=2, seconds=4, root=self.config.root).questions()
+        broken = [Question("broken", self.config.broken, "What?", ("red", "blue"), 0)]
+        return broken if self.config.only_broken else [*broken, needle[0], needle[5]]
+"""
+TIMINGS = ("seconds", "seconds_select")
+
+
+def untimed(record):
+    return {key: value for key, value in record.items() if key not in TIMINGS}
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def make(tiny_run):
+    def make(**options):
+        return parse_config({**tiny_run, "limit": 3, "arms": ARMS, **options}, "x")
+
+    return make
+
+
+@pytest.fixture
+def broken(tmp_path, needle_videos):
+    """Options of a run on a benchmark whose first question is on a file that is no video."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mixed.py").write_text(MIXED)
+    (tmp_path / "broken.mp4").write_text("no video")
+    benchmark = {"name": "mixed", "root": needle_videos["root"], "broken": str(tmp_path / "broken.mp4")}
+    return {"plugins": [str(tmp_path / "mine")], "benchmark": benchmark, "limit": None}
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_arm_answers_every_question_once(make, needle_videos, capsys):
+    folder = compare(make())
+    records = read(folder)
+    questions = {q.id: q for q in xcomp.load_benchmark("needle", **needle_videos).questions()[:3]}
+    assert [(r["arm"], r["question_id"]) for r in records] == [(a["name"], q) for a in ARMS for q in questions]
+    for record in records:
+        question = questions[record["question_id"]]
+        assert record["video"] == question.video and record["answer"] == question.answer and record["error"] is None
+        assert record["correct"] == (record["prediction"] == question.answer)
+        assert record["events"] == [list(span) for span in question.events]
+        assert record["seconds"] >= record["seconds_select"] >= 0 and record["macs"] > 0
+    first, second = records[0], records[-1]
+    assert first["num_frames"] == 8 and first["tokens_per_layer"] == [8 * 16] * 2 and first["scores"] is None
+    assert second["num_frames"] == 4 and second["tokens_in"] == 4 * 16 and second["tokens_per_layer"] == [4 * 8] * 2
+    assert len(second["scores"]) == len(second["candidate_times"]) == 8
+    assert {p.name for p in folder.iterdir()} >= {"run.json", "results.json", "report.html", "accuracy.png"}
+    out = capsys.readouterr().out
+    assert all(arm["name"] in out for arm in ARMS) and "report.html" in out
+
+
+def test_the_run_file_describes_the_arms(make):
+    run, _ = read_run(compare(make()))
+    assert [arm["name"] for arm in run["arms"]] == ["whole", "half"] and run["kind"] == "compare"
+    assert run["arms"][1]["compressor"] == {"name": "avg_pool", "tokens": 8} and run["benchmark"]["num_questions"] == 3
+    assert run["config"] == make().to_dict()
+    assert {"torch", "python", "xcomp"} <= run["versions"].keys() and run["hardware"]["cores"] >= 1
+
+
+def test_a_batch_gives_the_records_of_single_questions(make):
+    single, batched = (read(compare(make(name=f"by-{size}", batch_size=size))) for size in (1, 2))
+    for one, other in zip(single, batched, strict=True):
+        assert one["text"] == other["text"] and one["frames"] == other["frames"] and one["macs"] == other["macs"]
+
+
+def test_evaluate_is_one_arm_and_takes_no_notice_of_others(make):
+    folder = evaluate(make())
+    records, run = read(folder), read_run(folder)[0]
+    assert {r["arm"] for r in records} == {"lp_comp + uniform"} and len(records) == 3
+    assert run["kind"] == "evaluate" and len(run["arms"]) == 1
+    with pytest.raises(ConfigError, match="belongs to 'xcomp evaluate'"):
+        compare(make())
+
+
+def test_arms_that_name_the_same_backbone_share_it(make, tiny_checkpoint):
+    other = {"name": "videochat_flash", "checkpoint": str(tiny_checkpoint), "clip_batch": 2}
+    config = make(arms=[*ARMS, {"name": "other", "backbone": other}])
+    models = runner._Models(config)
+    first, second, third = (models.build(arm).backbone for arm in resolve_arms(config))
+    assert first is second and third is not first and third.config.clip_batch == 2
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lines, more", [(0, 0), (1, 0), (1, 30), (3, 0), (4, 200), (5, 1)])
+def test_a_cut_file_is_completed_without_gaps_or_doubles(make, lines, more):
+    """``more``: bytes of the next record that were written before the run ended."""
+    folder = compare(make())
+    whole = (folder / "records.jsonl").read_text()
+    kept = "".join(whole.splitlines(keepends=True)[:lines])
+    (folder / "records.jsonl").write_text(whole[: len(kept) + more])
+    assert compare(make()) == folder
+    assert (folder / "records.jsonl").read_text().startswith(kept)  # what was answered is not asked again
+    again = read(folder)
+    assert [untimed(r) for r in again] == [untimed(json.loads(line)) for line in whole.splitlines()]
+
+
+def test_a_finished_run_asks_nothing(make, monkeypatch):
+    folder = compare(make())
+    before = (folder / "records.jsonl").read_bytes()
+    monkeypatch.setattr(runner, "run_arm", lambda *_: pytest.fail("a question was asked"))
+    (folder / "report.html").unlink()
+    compare(make())
+    assert (folder / "records.jsonl").read_bytes() == before and (folder / "report.html").is_file()
+
+
+def test_a_line_that_is_not_json_is_named(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"arm": "a"}\nnonsense\n{"arm": "b"}\n')
+    with pytest.raises(ConfigError, match="records.jsonl' holds a line that is not JSON"):
+        read_records(path)
+    assert read_records(tmp_path / "nothing.jsonl") == []
+
+
+# --- broken videos ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_broken_video_is_an_error_record_and_counts_as_wrong(make, broken, capsys, size):
+    records = read(compare(make(**broken, batch_size=size)))
+    assert len(records) == 6
+    for arm in ("whole", "half"):
+        first, *rest = [r for r in records if r["arm"] == arm]
+        assert first["question_id"] == "broken" and "broken.mp4: not a readable video" in first["error"]
+        assert first["correct"] is False and first["prediction"] is None
+        assert all(r["error"] is None and "text" in r for r in rest) and len(rest) == 2
+    summary = summarise([{**r, "correct": r["error"] is None} for r in records])[0]
+    assert (summary.errors, summary.accuracy.correct, summary.accuracy.n) == (1, 2, 3)
+    assert "2 questions could not be asked" in capsys.readouterr().out
+
+
+def test_a_run_on_broken_videos_only_still_ends_in_a_report(make, broken):
+    broken["benchmark"]["only_broken"] = True
+    folder = compare(make(**broken))
+    assert [r["error"] is None for r in read(folder)] == [False, False] and (folder / "report.html").is_file()
+
+
+def test_the_runs_other_errors_are_not_taken_for_broken_videos(make, tmp_path):
+    """More frames than the model takes is the configuration's fault."""
+    wide = {"rate": 8, "min_frames": 8, "max_frames": 512, "multiple": 8, "style": "xcomp"}
+    config = make(arms=[{"compressor": "none", "frames": None}], frames=None, sampling={**wide, "min_frames": 512})
+    with pytest.raises(ValueError, match="512 frames make a sequence of .* at most"):
+        compare(config)
+
+
+# --- arms -------------------------------------------------------------------------------------------------------------
+
+
+def test_frame_budgets_make_an_arm_each(make):
+    arms = resolve_arms(make(arms=[{"name": "a", "frames": [4, 8]}, {"name": "b"}], frames=4))
+    assert [(arm.name, arm.group, arm.frames) for arm in arms] == [
+        ("a, 4 frames", "a", 4), ("a, 8 frames", "a", 8), ("b", "b", 4),
+    ]  # fmt: skip
+    assert [arm.frames for arm in resolve_arms(make(arms=[], frames=[4, 8]))] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    "arms, message",
+    [
+        ([{"name": "a"}, {"name": "a", "frames": 8}], "two arms are called 'a'; give each a 'name' of its own"),
+        ([{}, {"frames": 8}], r"two arms are called 'lp_comp \+ uniform'"),
+        ([{"frames": [4, 4]}], r"two arms are called 'lp_comp \+ uniform, 4 frames'"),
+        ([{"compressor": "lp_cmp"}], "unknown compressor 'lp_cmp'; did you mean 'lp_comp'"),
+        ([{"selector": {"name": "qc_comp", "windw": 1}}], "selector 'qc_comp' has no option 'windw'"),
+        ([{"frames": 0}], r"arms\[0\]': frames is 0"),
+        ([{"frames": []}], r"arms\[0\]': frames is an empty list"),
+    ],
+)
+def test_arms_that_cannot_be_compared_are_refused(make, arms, message):
+    with pytest.raises(ValueError, match=message):
+        compare(make(arms=arms))
+    assert not make().folder.exists()
+
+
+def test_what_is_missing_is_asked_for(make):
+    with pytest.raises(ConfigError, match="no benchmark; name one, e.g. benchmark: needle"):
+        compare(make(benchmark=None))
+    with pytest.raises(ConfigError, match=r"arms\[0\]: no backbone; name one for the run or the arm"):
+        compare(make(backbone=None))
+
+
+def test_the_command_compares(make, tiny_run, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(json.dumps({**tiny_run, "arms": ARMS}))  # JSON is YAML
+    assert main(["compare", str(tmp_path / "run.yaml"), "limit=1", "arms[0].name=all"]) == 0
+    assert [r["arm"] for r in read(tmp_path / "runs" / "tiny")] == ["all", "half"]
+    assert "all" in capsys.readouterr().out
