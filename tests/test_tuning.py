@@ -194,7 +194,7 @@ def test_a_run_stopped_before_its_model_was_written_writes_it(make):
 
 
 def test_a_trainer_option_that_fits_no_such_data_is_refused(make):
-    with pytest.raises(ConfigError, match="trainer: You requested to check 0.001 of the train_dataloader"):
+    with pytest.raises(ConfigError, match="trainer: You requested to check 0.001 of the `train_dataloader`"):
         run(make("run", {"trainer": {"limit_train_batches": 0.001}}))
 
 

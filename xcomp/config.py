@@ -180,7 +180,8 @@ def _check_keys(node: type, content: Any, where: str) -> None:
     known = [f.name for f in dataclasses.fields(node)]
     for key in content:
         if key not in known:
-            raise ConfigError(f"config '{where}' has no key '{key}';{nearest(str(key), known)} keys: {', '.join(known)}")
+            hint = nearest(str(key), known)
+            raise ConfigError(f"config '{where}' has no key '{key}';{hint} keys: {', '.join(known)}")
 
 
 def _check_ranges(config: RunConfig, where: str) -> None:

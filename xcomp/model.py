@@ -122,7 +122,7 @@ class VideoQA(L.LightningModule):
     # --- answering --------------------------------------------------------------------------------------------------
 
     def ask(self, video: str, question: str, options: Sequence[str] | None = None) -> Answer:
-        """Answer one question about a video file. With ``options``, ``Answer.choice`` is the index of the one chosen."""
+        """Answer one question about a video file. With ``options``, ``Answer.choice`` is the chosen one's index."""
         text = multiple_choice_prompt(question, options) if options else question
         answer = self.answer([Query(str(video), question, text)])[0]
         if options:

@@ -81,7 +81,7 @@ def _installed(kind: str) -> list[Plugin]:
 
 
 def _in_folders(kind: str, folders: Iterable[str | Path]) -> list[Plugin]:
-    """Files of ``kind`` in each folder (told by the contract a class names as its base) or its sub-folder of the kind."""
+    """Files of ``kind`` in each folder (told by the base that a class names), and in its sub-folder of that kind."""
     found = []
     for folder in map(Path, folders):
         if not folder.is_dir():

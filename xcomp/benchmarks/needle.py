@@ -371,6 +371,7 @@ class Needle(Benchmark):
         seed: int = 0
         questions_per_video: int | None = None  # None: one of each category
         categories: list[str] = field(default_factory=list)  # of colour, where, what, first; empty: all that apply
+        answers: str = "letter"  # how to answer: by an option's letter, or in the option's words (for small models)
         root: str = "runs/needle"  # videos are written to <root>/<split>-<hash of the options>/
 
         def __post_init__(self) -> None:
@@ -456,11 +457,24 @@ class Needle(Benchmark):
         rng = _generator(self.config, 2, index // NUM_OPTIONS, CATEGORIES.index(category), turn)
         return int(rng.permutation(NUM_OPTIONS)[index % NUM_OPTIONS])
 
+    def prompt(self, question: Question) -> str:
+        if self.config.answers == "letter":
+            return super().prompt(question)
+        return f"{question.question}\n{', '.join(question.options[:-1])} or {question.options[-1]}"
+
+    def parse(self, text: str, question: Question) -> int | None:
+        """The option whose words are the answer; with letters, also the one whose letter it names."""
+        said = text.strip().strip(".").lower()
+        for number, option in enumerate(question.options):
+            if said == option.lower():
+                return number
+        return super().parse(text, question) if self.config.answers == "letter" else None
+
     def training_records(self, tasks: tuple[str, ...] = ("describe", "open", "choice")) -> list[dict[str, Any]]:
         """Conversations about the videos, in the record format of instruction data. Writes missing videos.
 
         ``describe`` names all events in the order of time, ``open`` asks the questions without options, ``choice``
-        with options and for a letter, and ``list`` asks for all shapes visible in the middle of the video.
+        with options and for the right one, and ``list`` asks for all shapes visible in the middle of the video.
         """
         for task in tasks:
             _require(task in TASKS, f"tasks: {task!r} is not one of {', '.join(TASKS)}")
@@ -480,7 +494,8 @@ class Needle(Benchmark):
     def _turn(self, question: Question, task: str) -> tuple[str, str]:
         if task == "open":
             return question.question, question.options[question.answer]
-        return self.prompt(question), LETTERS[question.answer]
+        right = question.answer
+        return self.prompt(question), LETTERS[right] if self.config.answers == "letter" else question.options[right]
 
     def _record(self, spec: VideoSpec, name: str, task: str, question: str, answer: str) -> dict[str, Any]:
         turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
@@ -515,6 +530,7 @@ def _check(config: Needle.Config) -> None:
         value = getattr(config, name)
         _require(isinstance(value, int) and low <= value <= high, f"{name}={value!r} must be an integer {low}..{high}")
     _require(config.size % 2 == 0, f"size={config.size} must be even, as H.264 stores colour at half resolution")
+    _require(config.answers in ("letter", "words"), f"answers={config.answers!r} is not letter or words")
     _require(config.split in SPLITS, f"split={config.split!r} is not one of {', '.join(SPLITS)}")
     for category in config.categories:
         _require(category in CATEGORIES, f"categories: {category!r} is not one of {', '.join(CATEGORIES)}")
