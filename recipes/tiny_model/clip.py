@@ -20,12 +20,12 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTraine
 from xcomp.benchmarks.needle import Needle, make_spec, render
 from xcomp.pixels import preprocess_frames
 
-SIZE, STEPS, BATCH, RATE, SEED = 32, 1500, 128, 1e-3, 11
+SIZE, PATCH, STEPS, BATCH, RATE, SEED = 40, 8, 1500, 128, 1e-3, 11
 NUM_VIDEOS, POOL = 600, 24  # videos, frames of each
 
 
 def frames_and_symbols() -> tuple[torch.Tensor, list[list[tuple[str, str, str]]]]:
-    """(n, 32, 32, 3) uint8 frames, and the (symbol, colour, place) visible in each."""
+    """(n, H, W, 3) uint8 frames, and the (symbol, colour, place) visible in each."""
     config = Needle.Config(split="train", seed=SEED, num_videos=NUM_VIDEOS, seconds=32.0)
     rng, frames, symbols = np.random.default_rng(SEED), [], []
     for index in range(NUM_VIDEOS):
@@ -70,7 +70,7 @@ def make_model(tokenizer) -> CLIPModel:
     text = dict(tower, num_hidden_layers=2, vocab_size=len(tokenizer), max_position_embeddings=64,
                 bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.eos_token_id)  # fmt: skip
-    vision = dict(tower, num_hidden_layers=4, image_size=SIZE, patch_size=4)
+    vision = dict(tower, num_hidden_layers=4, image_size=SIZE, patch_size=PATCH)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
