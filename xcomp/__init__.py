@@ -1,4 +1,4 @@
-"""xcomp: compress a video's tokens inside the language model, pick the frames a question needs, compare both with rivals.
+"""xcomp: compress a video's tokens inside the language model and pick the frames a question needs.
 
 The public names below are loaded on first use, so that ``import xcomp`` (and ``xcomp --help``) stays quick.
 """

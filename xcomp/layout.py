@@ -19,7 +19,7 @@ TEXT = -1
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """``frame`` and ``slot`` (B, S) long, both −1 for text; ``real`` (B, S) bool, False for padding. Real comes first."""
+    """``frame`` and ``slot`` (B, S) long, both −1 for text; ``real`` (B, S) bool, False for padding."""
 
     frame: Tensor
     slot: Tensor

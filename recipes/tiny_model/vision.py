@@ -70,7 +70,8 @@ class Readout(nn.Module):
 
 def clips() -> tuple[Tensor, Tensor, Tensor]:
     """Frames (n, 4, H, W, 3) uint8 of half-second clips; colour (or absent) and place (−100: none) of each symbol."""
-    config = Needle.Config(split="train", seed=SEED, num_videos=NUM_CLIPS, seconds=0.5, event_seconds=0.5, distractors=2)
+    world = {"seconds": 0.5, "event_seconds": 0.5, "distractors": 2}
+    config = Needle.Config(split="train", seed=SEED, num_videos=NUM_CLIPS, **world)
     frames, colours, places = [], [], []
     for index in range(NUM_CLIPS):
         spec = make_spec(config, index)

@@ -36,18 +36,18 @@ def resolve_arms(config: RunConfig) -> list[ResolvedArm]:
     resolved = []
     for number, arm in enumerate(config.arms or [None]):
         where = f"arms[{number}]"
-        pick = lambda key, arm=arm: getattr(config, key) if getattr(arm, key, None) is None else getattr(arm, key)
-        parts = {kind: pick(kind) for kind in ("backbone", "compressor", "selector")}
+        own = {} if arm is None else {k: v for k, v in vars(arm).items() if v is not None}
+        parts = {kind: own.get(kind, getattr(config, kind)) for kind in ("backbone", "compressor", "selector")}
         if parts["backbone"] is None:
             raise ConfigError(f"{where}: no backbone; name one for the run or the arm")
         for kind, node in parts.items():
             check_component(kind, node, config.plugins)
         names = [split_component(kind, parts[kind])[0] for kind in ("compressor", "selector")]
-        group = getattr(arm, "name", None) or " + ".join(names)
-        budgets = frame_budgets(pick("frames"), where)
-        resolved += [
-            ResolvedArm(f"{group}, {n} frames" if len(budgets) > 1 else group, group, **parts, frames=n) for n in budgets
-        ]
+        group = own.get("name", " + ".join(names))
+        budgets = frame_budgets(own.get("frames", config.frames), where)
+        for frames in budgets:
+            name = f"{group}, {frames} frames" if len(budgets) > 1 else group
+            resolved.append(ResolvedArm(name, group, **parts, frames=frames))
     _check_names([arm.name for arm in resolved])
     return resolved
 

@@ -1,7 +1,7 @@
 """Instruction records: one video and a conversation about it.
 
-``{"video": "a/b.mp4", "conversations": [{"from": "human", "value": "<image>\\nWhat …?"}, {"from": "gpt", "value": "…"}]}``,
-the format of the VideoChat-Flash and LLaVA mixtures. Turns may use ``role``/``content`` instead.
+The format of the VideoChat-Flash and LLaVA mixtures: ``{"video": "a/b.mp4", "conversations": [{"from": "human",
+"value": "<image>\\nWhat …?"}, {"from": "gpt", "value": "…"}]}``. Turns may use ``role``/``content`` instead.
 """
 
 from __future__ import annotations
