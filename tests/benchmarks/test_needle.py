@@ -171,7 +171,8 @@ def symbol_seen(frame: np.ndarray, event) -> float:
     """The part of the symbol's body that has the event's colour."""
     pixels, mask = sprite(event.symbol, event.colour, event.side)
     body = mask[..., 0] & pixels.any(axis=-1)
-    x, y = (int(np.rint(c - (event.side + 2) / 2)) for c in event.centre)
+    last = len(frame) - len(mask)  # a symbol stays whole within the frame
+    x, y = (min(max(int(np.rint(c - (event.side + 2) / 2)), 0), last) for c in event.centre)
     patch = frame[y : y + len(mask), x : x + len(mask)].astype(float)
     near = np.linalg.norm(patch - np.array(COLOURS[event.colour]), axis=-1) < 60
     return float(near[body].mean())
