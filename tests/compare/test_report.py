@@ -53,7 +53,8 @@ def make_run(budgets=(4, 8), methods=ARMS, videos=5):
         for frames in budgets:
             name = f"{selector}+{compressor}@{frames}"
             parts = {"selector": selector, "compressor": compressor, "frames": frames}
-            arms.append({"name": name, "backbone": "tiny", "checkpoint": None, **parts})
+            group = f"{selector} and {compressor}"
+            arms.append({"name": name, "group": group, "backbone": "tiny", "checkpoint": None, **parts})
             records += [
                 make_record(name, video, question, correct=video < 2 + m, **parts)
                 for video in range(videos)
@@ -274,24 +275,23 @@ def test_accuracy_plot_has_a_line_a_method():
     run, records = make_run()
     results = analyse(run, records)
     figure = plots.accuracy_plot(results.summaries, results.arms)
-    assert legend(figure) == ["uniform + no compression", "uniform + lp_comp", "qc_comp + lp_comp"]
+    assert legend(figure) == ["uniform and none", "uniform and lp_comp", "qc_comp and lp_comp"]
     (axes,) = figure.axes
     assert [list(line.lines[0].get_ydata()) for line in axes.containers] == [[0.4, 0.4], [0.6, 0.6], [0.8, 0.8]]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["4", "8"]
     assert "accuracy (%)" in axes.get_ylabel()
 
 
-def test_accuracy_plot_keeps_apart_what_differs_only_by_checkpoint_or_name():
+def test_accuracy_plot_keeps_groups_apart_that_differ_only_by_name():
     run, records = make_run(methods=ARMS[:2])
-    for arm, checkpoint in zip(run["arms"], ["a/one", "a/one", "a/two", "a/two"], strict=True):
-        arm |= {"compressor": "lp_comp", "checkpoint": checkpoint}
-    results = analyse(run, records)
-    labels = legend(plots.accuracy_plot(results.summaries, results.arms))
-    assert labels == ["uniform + lp_comp + tiny + one", "uniform + lp_comp + tiny + two"]
     for arm in run["arms"]:
-        arm["checkpoint"] = None
+        arm["compressor"] = "lp_comp"
     results = analyse(run, records)
-    figure = plots.accuracy_plot(results.summaries, results.arms)  # four arms of one method: a row each
+    assert legend(plots.accuracy_plot(results.summaries, results.arms)) == ["uniform and none", "uniform and lp_comp"]
+    for arm in run["arms"]:
+        del arm["group"]
+    results = analyse(run, records)
+    figure = plots.accuracy_plot(results.summaries, results.arms)  # four arms without groups: a row each
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [arm["name"] for arm in run["arms"]]
 
 
@@ -309,7 +309,7 @@ def test_selection_example_prefers_questions_that_all_selectors_have():
     missing = [r for r in records if not (r["question_id"] == "v0-q0" and r["arm"].startswith("qc"))]
     results = analyse(run, missing)
     rows = plots.selection_example(results.records, results.arms)
-    assert [row.label for row in rows] == ["uniform", "qc_comp"]
+    assert [row.label for row in rows] == ["uniform and none", "qc_comp and lp_comp"]
     assert {row.record["question_id"] for row in rows} == {"v0-q1"}
     assert {len(row.record["times"]) for row in rows} == {4}
     assert plots.selection_example([record | {"times": None} for record in records], results.arms) == []

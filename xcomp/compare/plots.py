@@ -10,7 +10,6 @@ import io
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ class Arm:
     """What an arm is made of, as text for legends; ``frames`` is its budget, None where every frame is shown."""
 
     name: str
+    group: str  # the name without the frame budget
     backbone: str
     compressor: str
     selector: str
@@ -45,7 +45,8 @@ class Arm:
         """Reads an entry of ``arms`` in run.json; a part may be a name or a mapping with a name and options."""
         parts = {key: part_label(arm.get(key)) for key in ("backbone", "compressor", "selector", "checkpoint")}
         frames = arm.get("frames")
-        return cls(name=str(arm["name"]), frames=frames if isinstance(frames, int) else None, **parts)
+        names = {"name": str(arm["name"]), "group": str(arm.get("group", arm["name"]))}
+        return cls(**names, frames=frames if isinstance(frames, int) else None, **parts)
 
 
 def part_label(part: Any) -> str:
@@ -91,31 +92,15 @@ def _accuracy_rows(summaries: Sequence[ArmSummary]) -> Figure:
 
 
 def _lines(summaries: Sequence[ArmSummary], arms: Mapping[str, Arm]) -> dict[str, list[tuple[float, ArmSummary]]]:
-    """Points (frames, summary) of each method, by its label. Arms alike but for their name are lines of their own."""
-    groups: dict[tuple[str, ...], list[tuple[float, ArmSummary]]] = defaultdict(list)
+    """Points (frames, summary) of each group of arms: one method at several frame budgets."""
+    lines: dict[str, list[tuple[float, ArmSummary]]] = defaultdict(list)
     for summary in summaries:
         arm = arms.get(summary.arm)
         frames = arm.frames if arm and arm.frames else summary.num_frames
         if frames > 0:
-            key = (arm.selector, arm.compressor, arm.backbone, arm.checkpoint) if arm else (summary.arm,)
-            groups[key].append((frames, summary))
-    tell_apart = len({key[2:] for key in groups}) > 1
-    lines = {}
-    for key, points in groups.items():
-        if len({frames for frames, _ in points}) < len(points) or len(key) == 1:
-            lines |= {summary.arm: [(frames, summary)] for frames, summary in points}
-        else:
-            label = _method_label(key, tell_apart)
-            label = f"{label} ({points[0][1].arm})" if label in lines else label
-            lines[label] = sorted(points, key=lambda point: point[0])
-    return lines or {summary.arm: [(1, summary)] for summary in summaries}
-
-
-def _method_label(key: tuple[str, ...], tell_apart: bool) -> str:
-    """ "qc_comp + lp_comp", with backbone and checkpoint where the arms of a run differ in them."""
-    selector, compressor, *rest = key
-    names = [selector, "no compression" if compressor == "none" else compressor]
-    return " + ".join(names + [PurePath(name).name for name in rest if tell_apart and name != "none"])
+            lines[arm.group if arm else summary.arm].append((frames, summary))
+    ordered = {label: sorted(points, key=lambda point: point[0]) for label, points in lines.items()}
+    return ordered or {summary.arm: [(1, summary)] for summary in summaries}
 
 
 def _bars(summaries: Sequence[ArmSummary]) -> tuple[list[float], list[list[float]]]:
@@ -227,7 +212,8 @@ def _selection_rows(records: Sequence[Record], arms: Mapping[str, Arm]) -> list[
     rows = []
     for (selector, _), group in merged.items():
         scored = next((record for record in group if record.get("scores")), group[0])
-        label = selector if names.count(selector) == 1 else group[0]["arm"]
+        arm = group[0]["arm"]
+        label = arms[arm].group if arm in arms and names.count(selector) == 1 else arm
         rows.append(SelectionRow(label=label, selector=selector, record=scored))
     return sorted(rows, key=lambda row: names.index(row.selector))[:MAX_ROWS]
 
@@ -308,7 +294,7 @@ def _hits(record: Record) -> str:
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight", metadata={"Software": None})
     return buffer.getvalue()
 
 
