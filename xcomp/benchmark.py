@@ -61,3 +61,15 @@ def parse_letter(text: str, num_options: int) -> int | None:
     """The first stand-alone option letter, bracketed or not; None if there is none."""
     match = re.search(rf"(?<![A-Za-z])([A-{LETTERS[num_options - 1]}])(?![A-Za-z])", text)
     return LETTERS.index(match.group(1)) if match else None
+
+
+def parse_words(text: str, options: tuple[str, ...] | list[str]) -> int | None:
+    """The option that ``text`` consists of, whatever its case; None if it is none of them."""
+    said = text.strip().strip(".").lower()
+    return next((number for number, option in enumerate(options) if option.lower() == said), None)
+
+
+def parse_option(text: str, options: tuple[str, ...] | list[str]) -> int | None:
+    """The option named by its words, else by its letter."""
+    said = parse_words(text, options)
+    return parse_letter(text, len(options)) if said is None else said

@@ -19,7 +19,7 @@ from torchmetrics import MeanMetric
 from transformers import get_cosine_schedule_with_warmup
 
 from xcomp.backbone import Backbone, Prompt, ShownVideo
-from xcomp.benchmark import multiple_choice_prompt, parse_letter
+from xcomp.benchmark import multiple_choice_prompt, parse_option
 from xcomp.compressor import Compressor
 from xcomp.config import ConfigError, Generation, RunConfig, Sampling, Tune, build_component
 from xcomp.cost import LLMShape, prefill_cost
@@ -126,7 +126,7 @@ class VideoQA(L.LightningModule):
         text = multiple_choice_prompt(question, options) if options else question
         answer = self.answer([Query(str(video), question, text)])[0]
         if options:
-            answer.choice = parse_letter(answer.text, len(options))
+            answer.choice = parse_option(answer.text, options)
         return answer
 
     @torch.no_grad()
@@ -222,9 +222,9 @@ class VideoQA(L.LightningModule):
             return [error] if len(batch) == 1 else [out for item in batch for out in self.predict_step([item])]
 
     def test_step(self, batch: list[tuple[Any, Query]], batch_idx: int = 0) -> None:
-        """Accuracy over (question, query) pairs with letters for answers."""
+        """Accuracy over (question, query) pairs, answered by an option's letter or words."""
         for (question, _), answer in zip(batch, self.answer([query for _, query in batch])):
-            self.accuracy.update(float(parse_letter(answer.text, len(question.options)) == question.answer))
+            self.accuracy.update(float(parse_option(answer.text, question.options) == question.answer))
         self.log("test/accuracy", self.accuracy, batch_size=len(batch))
 
     def _loss(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:

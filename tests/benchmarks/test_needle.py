@@ -316,3 +316,19 @@ def test_options_come_from_yaml() -> None:
     node = omegaconf.OmegaConf.merge(omegaconf.OmegaConf.structured(Needle.Config), {"seconds": 8, "lengths": [4, 8]})
     config = omegaconf.OmegaConf.to_object(node)
     assert isinstance(config, Needle.Config) and config.durations == [4.0, 8.0]
+
+
+def test_answers_in_words_and_by_letter(tmp_path):
+    by_words = Needle(Needle.Config(num_videos=1, seconds=8.0, answers="words", root=str(tmp_path)))
+    by_letter = Needle(Needle.Config(num_videos=1, seconds=8.0, root=str(tmp_path)))
+    question = by_words.questions()[0]
+    right = question.options[question.answer]
+    assert all(option in by_words.prompt(question) for option in question.options)
+    assert "(A)" not in by_words.prompt(question) and "(A)" in by_letter.prompt(question)
+    assert by_words.parse(f" {right.upper()}. ", question) == by_letter.parse(right, question) == question.answer
+    assert by_words.parse("B", question) is None
+    assert by_letter.parse("(B)", question) == 1
+    records = by_words.training_records(("choice",))
+    assert {r["conversations"][1]["value"] for r in records} <= {o for q in by_words.questions() for o in q.options}
+    with pytest.raises(ValueError, match="answers='essay' is not letter or words"):
+        Needle(Needle.Config(answers="essay"))

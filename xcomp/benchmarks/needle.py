@@ -24,7 +24,7 @@ from typing import Any
 import av
 import numpy as np
 
-from xcomp.benchmark import LETTERS, Benchmark, Question
+from xcomp.benchmark import LETTERS, Benchmark, Question, parse_option, parse_words
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 25, 30),
@@ -464,11 +464,8 @@ class Needle(Benchmark):
 
     def parse(self, text: str, question: Question) -> int | None:
         """The option whose words are the answer; with letters, also the one whose letter it names."""
-        said = text.strip().strip(".").lower()
-        for number, option in enumerate(question.options):
-            if said == option.lower():
-                return number
-        return super().parse(text, question) if self.config.answers == "letter" else None
+        parse = parse_option if self.config.answers == "letter" else parse_words
+        return parse(text, question.options)
 
     def training_records(self, tasks: tuple[str, ...] = ("describe", "open", "choice")) -> list[dict[str, Any]]:
         """Conversations about the videos, in the record format of instruction data. Writes missing videos.
