@@ -12,11 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from xcomp.backbone import attention_probabilities, rotate
-from xcomp.layout import TokenLayout, gather
+from xcomp.layout import TokenLayout
 from xcomp.schedule import keep_slots, token_counts
 
 if TYPE_CHECKING:
@@ -31,24 +29,7 @@ class LayerOutput:
     num_layers: int
     hidden: Tensor
     layout: TokenLayout
-    first_layout: TokenLayout  # as the sequence entered the language model
     backbone: Backbone
-
-    def last_query_attention(self) -> Tensor:
-        """Attention of the next layer from each sample's last token to every position: (B, H, S), float32.
-
-        Probabilities over all real positions, with positions as the next layer would number them.
-        """
-        layer, backbone = self.layer + 1, self.backbone
-        normed = backbone.input_norm(layer, self.hidden)
-        keys, _ = backbone.project_keys_values(layer, normed)
-        cos, sin = backbone.rotary(torch.arange(normed.shape[1], device=normed.device).unsqueeze(0))
-        last = self.layout.last_index().unsqueeze(1)
-        query = backbone.project_queries(layer, gather(normed, last))
-        row_cos, row_sin = (x[0][last.to(x.device)] for x in (cos, sin))
-        mask = self.layout.real[:, None, None].to(normed.device)
-        probabilities = attention_probabilities(rotate(query, row_cos, row_sin), rotate(keys, cos, sin), mask)
-        return probabilities.squeeze(2)
 
 
 class Compressor(nn.Module):

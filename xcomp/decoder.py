@@ -48,12 +48,6 @@ class State:
         counts = [layout.visual_counts() for layout in self.layouts]
         return counts if self.batched else [c[0] for c in counts]
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of keys and values held."""
-        tensors = [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
     def fork(self) -> State:
         """A state that grows on its own; the stored keys and values are shared and never written to."""
         cache = copy.copy(self.cache)
@@ -238,7 +232,6 @@ class Decoder:
         With ``wanted`` None the last layer only stores keys and values. ``observed``: last positions that are observed.
         """
         plan = self._plan(tokens_per_frame)
-        first = layout
         if plan is not None:
             index, layout, wanted = _reduce(layout, layout.keep_slots(plan[0], tokens_per_frame), wanted)
             hidden = hidden if index is None else gather(hidden, index)
@@ -265,7 +258,7 @@ class Decoder:
                 hidden = self._layer(layer, hidden, layout, cos, sin, state, None)
             self._observe(layer, entering, inside, state, observed)
             if plan is None:
-                output = LayerOutput(layer, self.backbone.num_layers, hidden, layout, first, self.backbone)
+                output = LayerOutput(layer, self.backbone.num_layers, hidden, layout, self.backbone)
                 keep = self.compressor.after_layer(output)
                 if keep is not None:
                     index, layout, wanted = _reduce(layout, self._check_keep(keep, layout), wanted)
