@@ -179,6 +179,22 @@ def queries(videos):
     return [Query(videos[i % 2], text, text) for i, text in enumerate(texts)]
 
 
+def test_sampled_answers_follow_the_seed_and_leave_other_random_numbers_alone(make, videos):
+    def texts(**options):
+        model = make(generation=Generation(max_new_tokens=8, do_sample=True, temperature=3.0, **options))
+        return [answer.text for answer in model.answer(queries(videos))]
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = texts(seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    assert first == texts(seed=1) != texts(seed=2)
+    assert texts(seed=1, top_k=1) == [answer.text for answer in make(generation=Generation(8)).answer(queries(videos))]
+    beams = make(generation=Generation(max_new_tokens=8, num_beams=3)).answer(queries(videos)[:2])
+    assert len(beams) == 2
+
+
 @pytest.mark.parametrize("selector", ["uniform", "qc_comp"])
 def test_answers_of_a_batch_are_those_of_each_alone(make, videos, selector):
     model = make(selector=selector)

@@ -176,11 +176,19 @@ class Backbone(nn.Module):
         return x if head_norm is None else head_norm(x)
 
     def attend(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False
+        self,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        causal: bool = False,
+        real: Tensor | None = None,
     ) -> Tensor:
         """Attention by the chosen implementation, after RoPE: (B, H, Q, K), (B, H_kv, S, K) twice → (B, Q, H·K).
 
         ``mask`` (B, 1, Q, S) bool, True where a query may look; ``causal`` (no mask, Q = S) lets each see up to itself.
+        ``real`` (B, S) bool marks the positions that are no padding; None: all. Rows of padding come out as anything.
         """
         attention = self.language_model.layers[layer].self_attn
         name = self.text_config._attn_implementation
@@ -189,6 +197,8 @@ class Backbone(nn.Module):
             attended = attention_probabilities(queries, keys, mask, causal=causal).to(values.dtype)
             attended = (attended @ repeat_heads(values, queries.shape[1])).transpose(1, 2)
         else:
+            if name == "flash_attention_2" and real is not None:
+                mask = real.to(queries.device)  # (B, S): padding is taken out, and sequences run at their own lengths
             attended, _ = ALL_ATTENTION_FUNCTIONS[name](
                 attention, queries, keys, values, mask, dropout=0.0, scaling=attention.scaling, is_causal=causal
             )

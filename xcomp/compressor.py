@@ -10,26 +10,45 @@ A compressor acts in one or more of three places:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from xcomp.layout import TokenLayout
+from xcomp.backbone import Backbone, attention_probabilities, rotate
+from xcomp.layout import TokenLayout, gather
 from xcomp.schedule import keep_slots, token_counts
-
-if TYPE_CHECKING:
-    from xcomp.backbone import Backbone
 
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """What a data-dependent rule sees after layer ``layer`` (0-based): ``hidden`` (B, S, D) and who is where."""
+    """What a data-dependent rule sees after layer ``layer`` (0-based): ``hidden`` (B, S, D) and who is where.
+
+    ``asking`` (B,) is where each sample's prompt ends, the position that the answer is read from; ``entered`` how many
+    visual tokens each brought into the language model.
+    """
 
     layer: int
     num_layers: int
     hidden: Tensor
     layout: TokenLayout
     backbone: Backbone
+    asking: Tensor
+    entered: list[int]
+
+    def attention_of_asking(self) -> Tensor:
+        """(B, S) attention that ``asking`` pays in the next layer to what it sees, float32, mean over heads."""
+        if self.layer + 1 == self.num_layers:
+            raise ValueError(f"there is no layer after layer {self.num_layers}")
+        backbone, layer, device = self.backbone, self.layer + 1, self.hidden.device
+        rows = self.asking.unsqueeze(1)
+        normed = backbone.input_norm(layer, self.hidden)
+        cos, sin = backbone.rotary(torch.arange(self.layout.width, device=device).unsqueeze(0))
+        keys = rotate(backbone.project_keys_values(layer, normed)[0], cos, sin)
+        queries = backbone.project_queries(layer, gather(normed, rows))
+        queries = rotate(queries, cos[0][rows.to(device)], sin[0][rows.to(device)])
+        mask = self.layout.causal_mask(rows)
+        return attention_probabilities(queries, keys, None if mask is None else mask.to(device)).mean(1)[:, 0]
 
 
 class Compressor(nn.Module):

@@ -37,10 +37,25 @@ class Sampling:
 
 @dataclass
 class Generation:
-    """How an answer is written; greedy."""
+    """How an answer is written: greedily unless ``do_sample`` or ``num_beams`` say otherwise.
+
+    The names are those of transformers' GenerationConfig.
+    """
 
     max_new_tokens: int = 16
     repetition_penalty: float = 1.0  # over generated tokens only
+    num_beams: int = 1
+    do_sample: bool = False
+    temperature: float = 1.0  # this and the next two: with do_sample
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    seed: int = 0  # every batch of questions starts its draws from it
+
+    def options(self) -> dict[str, Any]:
+        """What ``Decoder.generate`` is given."""
+        names = ["max_new_tokens", "repetition_penalty", "num_beams", "do_sample"]
+        names += ["temperature", "top_p", "top_k"] if self.do_sample else []
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -194,14 +209,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         (0 <= config.seed < 2**32, f"seed is {config.seed}; it must be 0..{2**32 - 1}"),
         (config.limit is None or config.limit >= 1, f"limit is {config.limit}; it must be at least 1"),
         (config.sampling.rate > 0, f"sampling.rate is {config.sampling.rate}; it must be above 0 frames a second"),
-        (
-            config.generation.max_new_tokens >= 1,
-            f"generation.max_new_tokens is {config.generation.max_new_tokens}; it must be at least 1",
-        ),
-        (
-            config.generation.repetition_penalty > 0,
-            f"generation.repetition_penalty is {config.generation.repetition_penalty}; it must be above 0",
-        ),
+        *_generation_rules(config.generation),
         (config.tune.weight_decay >= 0, f"tune.weight_decay is {config.tune.weight_decay}; it must be at least 0"),
         (0 <= config.tune.warmup_ratio <= 1, f"tune.warmup_ratio is {config.tune.warmup_ratio}; it must be 0..1"),
         (config.tune.num_workers >= 0, f"tune.num_workers is {config.tune.num_workers}; it must be at least 0"),
@@ -224,6 +232,18 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         if not holds:
             raise ConfigError(f"config '{where}': {message}")
     _check_sampling(config.sampling, where)
+
+
+def _generation_rules(g: Generation) -> list[tuple[bool, str]]:
+    """(whether it holds, what to say if not) for each option."""
+    return [
+        (g.max_new_tokens >= 1, f"generation.max_new_tokens is {g.max_new_tokens}; it must be at least 1"),
+        (g.repetition_penalty > 0, f"generation.repetition_penalty is {g.repetition_penalty}; it must be above 0"),
+        (g.num_beams >= 1, f"generation.num_beams is {g.num_beams}; it must be at least 1"),
+        (g.temperature > 0, f"generation.temperature is {g.temperature}; it must be above 0"),
+        (0 < g.top_p <= 1, f"generation.top_p is {g.top_p}; it must be above 0 and at most 1"),
+        (g.top_k >= 0, f"generation.top_k is {g.top_k}; it must be at least 0 (0: all tokens)"),
+    ]
 
 
 def _check_sampling(sampling: Sampling, where: str) -> None:

@@ -5,7 +5,8 @@ layer are the running count of the tokens that are still there. Source: "One Tok
 (arXiv 2604.14149), Section 3.
 
 Batches of unequal sequences are padded on the right: under plain causal attention no real token ever sees padding, so
-a prefill needs no mask. Masks appear only where few rows meet a longer cache.
+a prefill needs no mask; flash-attention is told what is padding and leaves it out. Masks appear only where few rows
+meet a longer cache.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
-from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from xcomp.backbone import Backbone, rotate
 from xcomp.compressor import Compressor, LayerOutput, check_plan
+from xcomp.generation import generate
 from xcomp.layout import TokenLayout, gather
 
 DROP_EARLY = ("auto", "off", "output", "query")
@@ -53,6 +54,16 @@ class State:
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         return State(cache, list(self.layouts), self.logits, self.batched)
+
+    def repeat(self, times: int) -> State:
+        """A state of its own in which every sample stands ``times`` in a row."""
+        state = self.fork()
+        state.cache.batch_repeat_interleave(times)
+        known: dict[int, TokenLayout] = {}  # layers share layouts
+        state.layouts = [known.setdefault(id(layout), layout.repeat(times)) for layout in self.layouts]
+        state.logits = self.logits.repeat_interleave(times, 0)
+        state.batched = True
+        return state
 
 
 @dataclass(frozen=True)
@@ -150,30 +161,12 @@ class Decoder:
         return state.logits
 
     @torch.no_grad()
-    def generate(
-        self, state: State, *, max_new_tokens: int = 16, repetition_penalty: float = 1.0
-    ) -> list[list[int]]:
-        """Greedy answers to a state whose prompt has been run: token ids of each sample, stop token left out.
+    def generate(self, state: State, **options: Any) -> list[list[int]]:
+        """Answers to a state whose prompt has been run: token ids of each sample, stop token left out.
 
-        The repetition penalty counts generated tokens only, as in VideoChat-Flash.
+        Greedy by default; ``options`` are those of :func:`xcomp.generation.generate`.
         """
-        stop = set(self.backbone.stop_ids)
-        penalise = RepetitionPenaltyLogitsProcessor(repetition_penalty) if repetition_penalty != 1.0 else None
-        written = torch.empty(state.logits.shape[0], 0, dtype=torch.long, device=state.logits.device)
-        running = [True] * len(written)
-        answers: list[list[int]] = [[] for _ in running]
-        for step in range(max_new_tokens):
-            scores = penalise(written, state.logits.float()) if penalise and step else state.logits
-            chosen = scores.argmax(-1)
-            written = torch.cat([written, chosen.unsqueeze(1)], 1)
-            for row, token in enumerate(chosen.tolist()):
-                running[row] = running[row] and token not in stop
-                if running[row]:
-                    answers[row].append(token)
-            if not any(running) or step == max_new_tokens - 1:
-                return answers
-            self.decode(state, chosen)
-        return answers
+        return generate(self, state, **options)
 
     # --- the pass ---------------------------------------------------------------------------------------------------
 
@@ -231,7 +224,7 @@ class Decoder:
 
         With ``wanted`` None the last layer only stores keys and values. ``observed``: last positions that are observed.
         """
-        plan = self._plan(tokens_per_frame)
+        plan, entered = self._plan(tokens_per_frame), layout.visual_counts()
         if plan is not None:
             index, layout, wanted = _reduce(layout, layout.keep_slots(plan[0], tokens_per_frame), wanted)
             hidden = hidden if index is None else gather(hidden, index)
@@ -258,7 +251,10 @@ class Decoder:
                 hidden = self._layer(layer, hidden, layout, cos, sin, state, None)
             self._observe(layer, entering, inside, state, observed)
             if plan is None:
-                output = LayerOutput(layer, self.backbone.num_layers, hidden, layout, self.backbone)
+                asking = wanted[:, 0]  # the first wanted position ends the prompt
+                output = LayerOutput(
+                    layer, self.backbone.num_layers, hidden, layout, self.backbone, asking, entered
+                )
                 keep = self.compressor.after_layer(output)
                 if keep is not None:
                     index, layout, wanted = _reduce(layout, self._check_keep(keep, layout), wanted)
@@ -308,7 +304,8 @@ class Decoder:
             return None
         if rows is None or not masked:
             queries = rotate(backbone.project_queries(layer, normed), cos, sin)
-            attended = backbone.attend(layer, queries, keys, values, None, causal=queries.shape[2] > 1)
+            real = layout.real if layout.padded else None
+            attended = backbone.attend(layer, queries, keys, values, None, causal=queries.shape[2] > 1, real=real)
             if rows is not None:
                 hidden, attended = gather(hidden, rows), gather(attended, rows)
             return backbone.output(layer, hidden, attended)

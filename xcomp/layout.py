@@ -98,6 +98,10 @@ class TokenLayout:
         joined = [torch.cat([getattr(self, k), getattr(other, k)], 1) for k in ("frame", "slot", "real")]
         return TokenLayout(*joined)
 
+    def repeat(self, times: int) -> TokenLayout:
+        """Every sample ``times`` in a row."""
+        return TokenLayout(*(getattr(self, k).repeat_interleave(times, 0) for k in ("frame", "slot", "real")))
+
     def causal_mask(self, rows: Tensor) -> Tensor | None:
         """Keys that the queries at indices ``rows`` (B, R) may see: (B, 1, R, S) bool, or None if all see all."""
         mask = (torch.arange(self.width) <= rows.unsqueeze(-1)) & self.real.unsqueeze(1)

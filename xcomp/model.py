@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from transformers import get_cosine_schedule_with_warmup
+from transformers.generation import BaseStreamer
 
 from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.benchmark import multiple_choice_prompt, parse_option
@@ -25,7 +26,7 @@ from xcomp.config import ConfigError, Generation, RunConfig, Sampling, Tune, bui
 from xcomp.cost import LLMShape, prefill_cost
 from xcomp.data.module import Sample, candidate_indices
 from xcomp.data.records import IGNORED
-from xcomp.decoder import Decoder
+from xcomp.decoder import Decoder, State
 from xcomp.selector import FrameSelector
 from xcomp.video import Video, VideoError, check_budget
 
@@ -121,16 +122,21 @@ class VideoQA(L.LightningModule):
 
     # --- answering --------------------------------------------------------------------------------------------------
 
-    def ask(self, video: str, question: str, options: Sequence[str] | None = None) -> Answer:
-        """Answer one question about a video file. With ``options``, ``Answer.choice`` is the chosen one's index."""
+    def ask(
+        self, video: str, question: str, options: Sequence[str] | None = None, streamer: BaseStreamer | None = None
+    ) -> Answer:
+        """Answer one question about a video file. With ``options``, ``Answer.choice`` is the chosen one's index.
+
+        ``streamer``, one of transformers', is handed each token as it is written.
+        """
         text = multiple_choice_prompt(question, options) if options else question
-        answer = self.answer([Query(str(video), question, text)])[0]
+        answer = self.answer([Query(str(video), question, text)], streamer)[0]
         if options:
             answer.choice = parse_option(answer.text, options)
         return answer
 
     @torch.no_grad()
-    def answer(self, queries: Sequence[Query]) -> list[Answer]:
+    def answer(self, queries: Sequence[Query], streamer: BaseStreamer | None = None) -> list[Answer]:
         """Answer queries together, in one batch."""
         started = time.perf_counter()
         shown = [self.show(query) for query in queries]
@@ -139,11 +145,7 @@ class VideoQA(L.LightningModule):
         tokens = self._encode([s.pixels for s in shown])
         state = self.decoder.prefill(tokens, [p.prefix_ids for p in prompts], [p.suffix_ids for p in prompts])
         per_layer = [list(counts) for counts in zip(*state.tokens_per_layer)]
-        written = self.decoder.generate(
-            state,
-            max_new_tokens=self.generation.max_new_tokens,
-            repetition_penalty=self.generation.repetition_penalty,
-        )
+        written = self._write(state, streamer)
         texts = [self.backbone.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
         finished = time.perf_counter()
         return [
@@ -162,6 +164,13 @@ class VideoQA(L.LightningModule):
             )
             for i, s in enumerate(shown)
         ]
+
+    def _write(self, state: State, streamer: BaseStreamer | None) -> list[list[int]]:
+        """Token ids of the answers; draws leave the caller's random numbers as they are."""
+        with torch.random.fork_rng(enabled=self.generation.do_sample):
+            if self.generation.do_sample:
+                torch.manual_seed(self.generation.seed)
+            return self.decoder.generate(state, streamer=streamer, **self.generation.options())
 
     def show(self, query: Query) -> Shown:
         """Decode the frames that the selector picks for a query."""

@@ -224,6 +224,18 @@ def test_symbols_stay_apart_at_half_size() -> None:
 # --- Training records -------------------------------------------------------------------------------------------------
 
 
+def test_a_dialogue_asks_all_questions_of_a_video(tmp_path: Path) -> None:
+    benchmark = needle(tmp_path, num_videos=2, split="train", answers="words")
+    records = benchmark.training_records(("dialogue",))
+    assert [record["task"] for record in records] == ["dialogue"] * 2
+    for record, asked in zip(records, (benchmark.questions()[:4], benchmark.questions()[4:])):
+        turns = record["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * 4
+        assert [turn["value"] for turn in turns[1::2]] == [q.options[q.answer] for q in asked]
+        prompts = [benchmark.prompt(q) for q in asked]
+        assert [turn["value"] for turn in turns[::2]] == [f"<image>\n{prompts[0]}", *prompts[1:]]
+
+
 def test_training_records(tmp_path: Path) -> None:
     benchmark = needle(tmp_path, num_videos=2, split="train")
     records = benchmark.training_records()

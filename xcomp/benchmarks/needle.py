@@ -41,7 +41,7 @@ DISTRACTORS = ("circle", "square", "triangle")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 CATEGORIES = ("colour", "where", "what", "first")
 SPLITS = ("train", "validation", "test")
-TASKS = ("describe", "open", "choice", "list")
+TASKS = ("describe", "open", "choice", "dialogue", "list")
 
 WORLD_VERSION = 2  # part of a set's folder name: raise it with any change of what is drawn or how it is encoded
 NATIVE_SIZE = 64  # the side that shape sizes, speeds and jitters below are given for
@@ -471,22 +471,27 @@ class Needle(Benchmark):
         """Conversations about the videos, in the record format of instruction data. Writes missing videos.
 
         ``describe`` names all events in the order of time, ``open`` asks the questions without options, ``choice``
-        with options and for the right one, and ``list`` asks for all shapes visible in the middle of the video.
+        with options and for the right one, ``dialogue`` asks those of a video one after the other in one conversation,
+        and ``list`` asks for all shapes visible in the middle of the video.
         """
         for task in tasks:
             _require(task in TASKS, f"tasks: {task!r} is not one of {', '.join(TASKS)}")
         return [record for spec in self.generate() for task in tasks for record in self._records(spec, task)]
 
     def _records(self, spec: VideoSpec, task: str) -> list[dict[str, Any]]:
-        if task == "describe":
-            turns = [("describe", "Describe the video.", ", ".join(event.caption for event in spec.events))]
-        elif task == "list":
-            turns = [("list", "List the shapes.", ", ".join(visible_shapes(spec, spec.num_frames // 2)) or "nothing")]
-        else:
-            turns = [(q.id.split("-", 3)[3], *self._turn(q, task)) for q in self.video_questions(spec)]
         head = f"needle-{self.config.split}-{spec.index:05d}-{task}"
-        names = [head if name == task else f"{head}-{name}" for name, *_ in turns]
-        return [self._record(spec, name, task, *turn[1:]) for name, turn in zip(names, turns, strict=True)]
+        if task == "describe":
+            answer = ", ".join(event.caption for event in spec.events)
+            return [self._record(spec, head, task, ("Describe the video.", answer))]
+        if task == "list":
+            answer = ", ".join(visible_shapes(spec, spec.num_frames // 2)) or "nothing"
+            return [self._record(spec, head, task, ("List the shapes.", answer))]
+        questions = self.video_questions(spec)
+        turns = [self._turn(question, task) for question in questions]
+        if task == "dialogue":
+            return [self._record(spec, head, task, *turns)]
+        names = [f"{head}-{question.id.split('-', 3)[3]}" for question in questions]
+        return [self._record(spec, name, task, turn) for name, turn in zip(names, turns, strict=True)]
 
     def _turn(self, question: Question, task: str) -> tuple[str, str]:
         if task == "open":
@@ -494,8 +499,11 @@ class Needle(Benchmark):
         right = question.answer
         return self.prompt(question), LETTERS[right] if self.config.answers == "letter" else question.options[right]
 
-    def _record(self, spec: VideoSpec, name: str, task: str, question: str, answer: str) -> dict[str, Any]:
-        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    def _record(self, spec: VideoSpec, name: str, task: str, *dialogue: tuple[str, str]) -> dict[str, Any]:
+        turns = []
+        for i, (question, answer) in enumerate(dialogue):
+            turns.append({"from": "human", "value": question if i else f"<image>\n{question}"})
+            turns.append({"from": "gpt", "value": answer})
         video = str(self.path(spec.index))
         return {"id": name, "video": video, "conversations": turns, "seconds": spec.seconds, "task": task}
 

@@ -1,0 +1,87 @@
+"""Attention-based dropping: after a few chosen layers, only the visual tokens that the prompt's end looks at stay.
+
+After layer ``layers[i]`` the share ``ratios[i]`` of the visual tokens that entered the language model is kept: those to
+which the last prompt token, with the *next* layer's queries and keys, pays most attention (softmax over all positions,
+mean over heads). The first ``uniform_stages`` drops keep evenly spread tokens instead.
+
+Sources: HiCo of "VideoChat-Flash" (arXiv 2501.00574), the "heuristic" row of "One Token per Highly Selective Frame"
+(arXiv 2604.14149), whose setting ``layers: [4, 18], ratios: [0.75, 0.25]`` of 28 layers is the default; PyramidDrop
+(arXiv 2410.17247) is ``layers: [8, 16, 24], ratios: [0.5, 0.25, 0.125]`` of 32. While tuning, the token before the
+first answer is the one that looks (the sources average over all answers).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from xcomp.compressor import Compressor, LayerOutput
+
+
+class AttentionDrop(Compressor):
+    """Keeps what the last prompt token attends to."""
+
+    @dataclass
+    class Config:
+        layers: list[float] = field(default_factory=lambda: [4 / 28, 18 / 28])  # number (1-based), below 1: depth
+        ratios: list[float] = field(default_factory=lambda: [0.75, 0.25])  # of the tokens at the start, kept after each
+        uniform_stages: int = 0  # how many of the drops, from the first, spread evenly instead
+
+        def __post_init__(self) -> None:
+            if not self.layers or len(self.layers) != len(self.ratios):
+                raise ValueError(f"layers {self.layers} and ratios {self.ratios} must be as many, and at least one")
+            if any(layer <= 0 or (layer > 1 and layer != int(layer)) for layer in self.layers):
+                raise ValueError(f"layers {self.layers} must be layer numbers from 1, or depths between 0 and 1")
+            before = 1.0
+            for ratio in self.ratios:
+                if not 0 < ratio <= before:
+                    raise ValueError(f"ratios {self.ratios} must be shares above 0 and at most 1 that never grow")
+                before = ratio
+            if not 0 <= self.uniform_stages <= len(self.layers):
+                raise ValueError(f"uniform_stages is {self.uniform_stages}; it must be 0..{len(self.layers)}")
+
+    def plan(self, num_layers: int, tokens_per_frame: int) -> None:
+        self.stages(num_layers)  # wrong options are found before anything runs
+        return None
+
+    def stages(self, num_layers: int) -> list[int]:
+        """The layers (1-based) after which tokens leave. ValueError if they are not ascending or out of range."""
+        # A depth that is small for this model still means a layer of it, and one drop a layer.
+        wanted = [round(depth * num_layers) if depth < 1 else int(depth) for depth in self.config.layers]
+        layers: list[int] = []
+        for layer, given in zip(wanted, self.config.layers):
+            layers.append(max(layer, layers[-1] + 1 if layers else 1) if given < 1 else layer)
+        if any(a >= b for a, b in zip(layers, layers[1:])) or not 1 <= layers[-1] < num_layers:
+            raise ValueError(
+                f"attention_drop: layers {self.config.layers} are {layers} of {num_layers} layers; "
+                f"they must ascend within 1..{num_layers - 1}"
+            )
+        return layers
+
+    @torch.no_grad()
+    def after_layer(self, output: LayerOutput) -> Tensor | None:
+        stages = self.stages(output.num_layers)
+        if output.layer + 1 not in stages:
+            return None
+        stage = stages.index(output.layer + 1)
+        visual = output.layout.visual
+        scores = None if stage < self.config.uniform_stages else output.attention_of_asking().cpu()
+        keep = torch.zeros_like(visual)
+        for row, entered in enumerate(output.entered):
+            places = visual[row].nonzero()[:, 0]
+            count = min(max(1, int(entered * self.config.ratios[stage])), len(places))
+            chosen = evenly(len(places), count) if scores is None else largest(scores[row, places], count)
+            keep[row, places[chosen]] = True
+        return keep
+
+
+def evenly(length: int, count: int) -> Tensor:
+    """``count`` of ``length`` indices from the first to the last, evenly spread and rounded down."""
+    return torch.tensor([i * (length - 1) // max(count - 1, 1) for i in range(count)])
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` largest; of equal ones the earlier."""
+    return scores.argsort(descending=True, stable=True)[:count]
