@@ -185,31 +185,30 @@ def window_attention(
 ) -> Tensor:
     """Attention of the question's rows to the visual tokens ``start:stop`` of a window: (stop − start,).
 
-    Softmax over ``[prefix | window | question]`` numbered 0, 1, 2, …; mean over heads and rows. The cached keys carry
-    the numbering of the whole pass, so the queries are turned by what differs for prefix, window and question.
+    Softmax over ``[prefix | window | question]`` with positions of its own; mean over heads and rows. The cached keys
+    carry the positions of the whole pass, so the queries are turned by what differs for prefix, window and question.
     """
     keys, width = seen.keys, stop - start
-    rows = torch.arange(parts.skipped, parts.question)
     queries = seen.queries[:, :, parts.skipped : parts.question]
     first = parts.prefix + parts.visual  # the question's first key
+    spans = (0, parts.prefix), (parts.prefix + start, parts.prefix + stop), (first, first + parts.question)
+    whole = backbone.positions(seen.layout)
+    own = backbone.positions(seen.layout.window(spans))
+    rows = own[..., parts.prefix + width + parts.skipped : parts.prefix + width + parts.question]
 
-    def logits(position: int, begin: int, end: int) -> Tensor:
-        cos, sin = backbone.rotary((position + rows).unsqueeze(0).to(keys.device))
+    def logits(begin: int, end: int, place: int) -> Tensor:
+        """To the keys from ``begin``, the first of which stands at ``place`` in the window."""
+        shift = whole[..., begin : begin + 1] - own[..., place : place + 1] if begin < end else 0
+        cos, sin = backbone.rotary((rows + shift).to(keys.device))
         turned = rotate(queries, cos, sin).float()
         return turned @ repeat_heads(keys[:, :, begin:end], queries.shape[1]).float().transpose(-1, -2)
 
-    question = logits(first, first, first + parts.question)
+    places = (0, parts.prefix, parts.prefix + width)
+    prefix, window, question = (logits(*span, place) for span, place in zip(spans, places))
     if causal:
-        seen_later = torch.arange(parts.question) > rows.unsqueeze(1)
-        question = question.masked_fill(seen_later.to(question.device), -math.inf)
-    every = torch.cat(
-        [
-            logits(parts.prefix + width, 0, parts.prefix),
-            logits(parts.prefix + width + start, parts.prefix + start, parts.prefix + stop),
-            question,
-        ],
-        -1,
-    )
+        later = torch.arange(parts.question) > torch.arange(parts.skipped, parts.question).unsqueeze(1)
+        question = question.masked_fill(later.to(question.device), -math.inf)
+    every = torch.cat([prefix, window, question], -1)
     return _mean_probability(every, queries.shape[-1], slice(parts.prefix, parts.prefix + width))
 
 
@@ -217,7 +216,8 @@ def global_attention(backbone, seen: Observation, parts: Parts, *, causal: bool 
     """Attention of the question's rows to all visual tokens, softmax over the whole sequence, header included."""
     rows = torch.arange(parts.skipped, parts.question)
     first = parts.prefix + parts.visual
-    cos, sin = backbone.rotary((first + rows).unsqueeze(0).to(seen.keys.device))
+    own = backbone.positions(seen.layout)[..., first + parts.skipped : first + parts.question]
+    cos, sin = backbone.rotary(own.to(seen.keys.device))
     queries = rotate(seen.queries[:, :, parts.skipped : parts.question], cos, sin).float()
     every = queries @ repeat_heads(seen.keys, queries.shape[1]).float().transpose(-1, -2)
     if causal:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from xcomp.layout import TokenLayout, gather
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -60,6 +62,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary tables of a sequence's positions, ``cos`` and ``sin`` (1 or B, S, K)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def turn(self, x: Tensor) -> Tensor:
+        """(B, H, S, K) turned to the positions."""
+        return rotate(x, self.cos, self.sin)
+
+    def rows(self, index: Tensor) -> Rotary:
+        """Those at ``index`` (B, R)."""
+        return Rotary(*(gather(t.expand(len(index), -1, -1), index) for t in (self.cos, self.sin)))
+
+    def first(self, width: int) -> Rotary:
+        """Those of the first ``width`` positions."""
+        return Rotary(self.cos[:, :width], self.sin[:, :width])
 
 
 def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -145,8 +167,19 @@ class Backbone(nn.Module):
         """Token ids (…) → embeddings (…, D)."""
         return self.language_model.embed_tokens(ids)
 
+    def positions(self, layout: TokenLayout) -> Tensor:
+        """Positions at a layer whose tokens ``layout`` describes: (1 or B, S) long on the CPU; padding's are anything.
+
+        Here the running count, as in the Llama family: where tokens left, the rest is counted anew. A model whose
+        tokens keep their places on several axes computes (axes, B, S) from ``layout.frame`` and ``layout.slot``; they
+        say the same of a token at every layer.
+        """
+        if layout.gaps:
+            return layout.real.cumsum(1) - 1
+        return torch.arange(layout.width).unsqueeze(0)
+
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions (B, S) → (cos, sin), each (B, S, K), float of the model's dtype."""
+        """Positions (B, S) or (axes, B, S) → (cos, sin), each (B, S, K), float of the model's dtype."""
         like = self.language_model.embed_tokens.weight
         return self.language_model.rotary_emb(like, positions)
 

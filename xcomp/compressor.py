@@ -12,10 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from xcomp.backbone import Backbone, attention_probabilities, rotate
+from xcomp.backbone import Backbone, Rotary, attention_probabilities
 from xcomp.layout import TokenLayout, gather
 from xcomp.schedule import keep_slots, token_counts
 
@@ -24,7 +23,7 @@ from xcomp.schedule import keep_slots, token_counts
 class LayerOutput:
     """What a data-dependent rule sees after layer ``layer`` (0-based): ``hidden`` (B, S, D) and who is where.
 
-    ``asking`` (B,) is where each sample's prompt ends, the position that the answer is read from; ``entered`` how many
+    ``rotary`` has the positions' tables, ``asking`` (B,) is where each sample's prompt ends, the position that the answer is read from; ``entered`` how many
     visual tokens each brought into the language model.
     """
 
@@ -33,6 +32,7 @@ class LayerOutput:
     hidden: Tensor
     layout: TokenLayout
     backbone: Backbone
+    rotary: Rotary
     asking: Tensor
     entered: list[int]
 
@@ -40,15 +40,13 @@ class LayerOutput:
         """(B, S) attention that ``asking`` pays in the next layer to what it sees, float32, mean over heads."""
         if self.layer + 1 == self.num_layers:
             raise ValueError(f"there is no layer after layer {self.num_layers}")
-        backbone, layer, device = self.backbone, self.layer + 1, self.hidden.device
-        rows = self.asking.unsqueeze(1)
+        backbone, layer, rows = self.backbone, self.layer + 1, self.asking.unsqueeze(1)
         normed = backbone.input_norm(layer, self.hidden)
-        cos, sin = backbone.rotary(torch.arange(self.layout.width, device=device).unsqueeze(0))
-        keys = rotate(backbone.project_keys_values(layer, normed)[0], cos, sin)
-        queries = backbone.project_queries(layer, gather(normed, rows))
-        queries = rotate(queries, cos[0][rows.to(device)], sin[0][rows.to(device)])
+        keys = self.rotary.turn(backbone.project_keys_values(layer, normed)[0])
+        queries = self.rotary.rows(rows).turn(backbone.project_queries(layer, gather(normed, rows)))
         mask = self.layout.causal_mask(rows)
-        return attention_probabilities(queries, keys, None if mask is None else mask.to(device)).mean(1)[:, 0]
+        mask = None if mask is None else mask.to(self.hidden.device)
+        return attention_probabilities(queries, keys, mask).mean(1)[:, 0]
 
 
 class Compressor(nn.Module):

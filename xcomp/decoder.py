@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from xcomp.backbone import Backbone, rotate
+from xcomp.backbone import Backbone, Rotary
 from xcomp.compressor import Compressor, LayerOutput, check_plan
 from xcomp.generation import generate
 from xcomp.layout import TokenLayout, gather
@@ -157,7 +157,7 @@ class Decoder:
     def decode(self, state: State, token_ids: Any) -> Tensor:
         """One step: a token a sample, (B,) or (B, 1) → logits (B, V). The state grows in place."""
         ids = torch.as_tensor(token_ids, device=self.backbone.device).reshape(-1, 1)
-        self._append(self.backbone.embed(ids), TokenLayout.text([1] * len(ids)), state)
+        self._append(self.backbone.embed(ids), TokenLayout.text([1] * len(ids), written=True), state)
         return state.logits
 
     @torch.no_grad()
@@ -228,32 +228,30 @@ class Decoder:
         if plan is not None:
             index, layout, wanted = _reduce(layout, layout.keep_slots(plan[0], tokens_per_frame), wanted)
             hidden = hidden if index is None else gather(hidden, index)
-        tables = self.backbone.rotary(torch.arange(layout.width, device=hidden.device).unsqueeze(0))
+        tables = _Tables(self.backbone)
         for layer in range(self.stop_layer):
-            cos, sin = (t[:, : layout.width] for t in tables)
+            rotary = tables.of(layout)
             if state is not None:
                 state.layouts.append(layout)
             entering, inside = hidden, layout
             if layer == self.stop_layer - 1:
-                rows = self._layer(layer, hidden, layout, cos, sin, state, wanted, masked=True, none=wanted is None)
+                rows = self._layer(layer, hidden, layout, rotary, state, wanted, masked=True, none=wanted is None)
                 self._observe(layer, entering, inside, state, observed)
                 return rows
             if plan is not None and len(plan[layer + 1]) < len(plan[layer]):
                 keep = layout.keep_slots(plan[layer + 1], tokens_per_frame)
                 index, kept, wanted = _reduce(layout, keep, wanted)
                 early = index if self.drop_early != "off" else None
-                hidden = self._layer(
-                    layer, hidden, layout, cos, sin, state, early, masked=self.drop_early == "query"
-                )
+                hidden = self._layer(layer, hidden, layout, rotary, state, early, masked=self.drop_early == "query")
                 hidden = hidden if early is not None else gather(hidden, index)
                 layout = kept
             else:
-                hidden = self._layer(layer, hidden, layout, cos, sin, state, None)
+                hidden = self._layer(layer, hidden, layout, rotary, state, None)
             self._observe(layer, entering, inside, state, observed)
             if plan is None:
                 asking = wanted[:, 0]  # the first wanted position ends the prompt
                 output = LayerOutput(
-                    layer, self.backbone.num_layers, hidden, layout, self.backbone, asking, entered
+                    layer, self.backbone.num_layers, hidden, layout, self.backbone, rotary, asking, entered
                 )
                 keep = self.compressor.after_layer(output)
                 if keep is not None:
@@ -283,8 +281,7 @@ class Decoder:
         layer: int,
         hidden: Tensor,
         layout: TokenLayout,
-        cos: Tensor,
-        sin: Tensor,
+        rotary: Rotary,
         state: State | None,
         rows: Tensor | None,
         masked: bool = False,
@@ -297,21 +294,19 @@ class Decoder:
         backbone = self.backbone
         normed = backbone.input_norm(layer, hidden)
         keys, values = backbone.project_keys_values(layer, normed)
-        keys = rotate(keys, cos, sin)
+        keys = rotary.turn(keys)
         if state is not None:
             keys, values = state.cache.update(keys, values, layer)
         if none:
             return None
         if rows is None or not masked:
-            queries = rotate(backbone.project_queries(layer, normed), cos, sin)
+            queries = rotary.turn(backbone.project_queries(layer, normed))
             real = layout.real if layout.padded else None
             attended = backbone.attend(layer, queries, keys, values, None, causal=queries.shape[2] > 1, real=real)
             if rows is not None:
                 hidden, attended = gather(hidden, rows), gather(attended, rows)
             return backbone.output(layer, hidden, attended)
-        index = rows.to(hidden.device)
-        queries = backbone.project_queries(layer, gather(normed, rows))
-        queries = rotate(queries, cos[0][index], sin[0][index])
+        queries = rotary.rows(rows).turn(backbone.project_queries(layer, gather(normed, rows)))
         mask = layout.causal_mask(rows)
         attended = backbone.attend(layer, queries, keys, values, None if mask is None else mask.to(hidden.device))
         return backbone.output(layer, gather(hidden, rows), attended)
@@ -319,37 +314,50 @@ class Decoder:
     def _append(self, hidden: Tensor, new: TokenLayout, state: State) -> None:
         """Run new text rows (B, R, D) over the stored caches; only each sample's last row leaves the last layer."""
         backbone, device = self.backbone, hidden.device
-        tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        tables = _Tables(backbone)
         offset = torch.arange(new.width)
         for layer in range(self.stop_layer):
             stored = state.layouts[layer]
-            counts = stored.counts
-            key = tuple(counts.tolist())
-            if key not in tables:
-                tables[key] = backbone.rotary((counts.unsqueeze(1) + offset).to(device))
-            cos, sin = tables[key]
             layout = state.layouts[layer] = stored.append(new)
+            rotary = tables.of(layout, new.width)
             normed = backbone.input_norm(layer, hidden)
             keys, values = backbone.project_keys_values(layer, normed)
-            keys, values = state.cache.update(rotate(keys, cos, sin), values, layer)
+            keys, values = state.cache.update(rotary.turn(keys), values, layer)
             last_layer = layer == backbone.num_layers - 1
             rows = new.last_index().unsqueeze(1) if last_layer else None
             if rows is not None and self.observer is None:
                 hidden, normed = gather(hidden, rows), gather(normed, rows)
-                cos, sin = (gather(t, rows) for t in (cos, sin))
+                rotary = rotary.rows(rows)
             queries = backbone.project_queries(layer, normed)
             if self.observer is not None:
                 self.observer(Observation(layer, queries, keys, layout))
                 if layer == self.stop_layer - 1:
                     state.logits = None
                     return
-            seen = stored.width + (offset.expand(len(counts), -1) if rows is None else rows)
+            seen = stored.width + (offset.expand(len(hidden), -1) if rows is None else rows)
             mask = layout.causal_mask(seen)
-            attended = backbone.attend(
-                layer, rotate(queries, cos, sin), keys, values, None if mask is None else mask.to(device)
-            )
+            queries = rotary.turn(queries)
+            attended = backbone.attend(layer, queries, keys, values, None if mask is None else mask.to(device))
             hidden = backbone.output(layer, hidden, attended)
         state.logits = backbone.head(hidden[:, -1])
+
+
+class _Tables:
+    """Rotary tables of one pass, computed anew only where the positions are new."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+        self.positions: Tensor | None = None
+        self.rotary: Rotary | None = None
+
+    def of(self, layout: TokenLayout, last: int | None = None) -> Rotary:
+        """Tables of a layout's positions, or of its ``last`` ones."""
+        positions = self.backbone.positions(layout)[..., -(last or 0) :]
+        width = positions.shape[-1]
+        if self.positions is None or not torch.equal(self.positions[..., :width], positions):
+            self.positions = positions
+            self.rotary = Rotary(*self.backbone.rotary(positions.to(self.backbone.device)))
+        return self.rotary.first(width)
 
 
 def _reduce(

@@ -14,21 +14,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TEXT = -1
+TEXT = -1  # frame and slot of text
+WRITTEN = -2  # slot of text that the model wrote itself
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """``frame`` and ``slot`` (B, S) long, both −1 for text; ``real`` (B, S) bool, False for padding."""
+    """``frame`` and ``slot`` (B, S) long, both −1 for text (``slot`` −2 for text that the model wrote); ``real`` (B, S)
+    bool, False for padding."""
 
     frame: Tensor
     slot: Tensor
     real: Tensor
 
     @classmethod
-    def text(cls, lengths: Sequence[int]) -> TokenLayout:
-        """Text of the given lengths, padded to the longest."""
-        return cls.sequence([(n, 0, 0, 0) for n in lengths])
+    def text(cls, lengths: Sequence[int], *, written: bool = False) -> TokenLayout:
+        """Text of the given lengths, padded to the longest; ``written`` by the model itself or given to it."""
+        layout = cls.sequence([(n, 0, 0, 0) for n in lengths])
+        return cls(layout.frame, torch.full_like(layout.slot, WRITTEN), layout.real) if written else layout
 
     @classmethod
     def sequence(cls, parts: Sequence[tuple[int, int, int, int]]) -> TokenLayout:
@@ -57,6 +60,11 @@ class TokenLayout:
     @property
     def padded(self) -> bool:
         return not bool(self.real.all())
+
+    @property
+    def gaps(self) -> bool:
+        """Whether padding stands before a real token, as where text was appended to samples of unequal length."""
+        return bool((self.real[:, 1:] & ~self.real[:, :-1]).any())
 
     @property
     def width(self) -> int:
@@ -92,6 +100,15 @@ class TokenLayout:
         frame = self.frame.gather(1, index).masked_fill(~real, TEXT)
         slot = self.slot.gather(1, index).masked_fill(~real, TEXT)
         return index, TokenLayout(frame, slot, real)
+
+    def window(self, spans: Sequence[tuple[int, int]]) -> TokenLayout:
+        """The positions of some spans (first, past the last) alone, frames counted from the first that is there."""
+        frame, slot, real = (
+            torch.cat([getattr(self, k)[:, a:b] for a, b in spans], 1) for k in ("frame", "slot", "real")
+        )
+        visual = frame != TEXT
+        first = frame.masked_fill(~visual, torch.iinfo(frame.dtype).max).amin(1, keepdim=True)
+        return TokenLayout(torch.where(visual, frame - first, frame), slot, real)
 
     def append(self, other: TokenLayout) -> TokenLayout:
         """This layout followed by another, as a cache grows; padding may then lie between them."""
