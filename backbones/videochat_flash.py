@@ -17,13 +17,9 @@ Shape letters: B clips · F frames a clip · T frames · N tokens a frame · P p
 from __future__ import annotations
 
 import copy
-import importlib.util
-import json
 import math
-import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,28 +28,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
+from transformers import Qwen2Config, Qwen2Model
 
-from xcomp.backbone import Backbone, Prompt, ShownVideo, check_device
+from xcomp.backbone import Backbone, Prompt, ShownVideo
+from xcomp.checkpoint import (
+    DTYPES,
+    FLOATS,
+    check_options,
+    check_save_dtype,
+    exact_buffers,
+    load_tokenizer,
+    local_folder,
+    read_json,
+    refuse_tensors,
+    require_tokenizer,
+    resolve_attention,
+    stored_tensors,
+    weight_files,
+    whole_folder,
+    write_json,
+)
 from xcomp.config import find_checkpoint
 from xcomp.pixels import preprocess_frames
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 SHARD_BYTES = 5_000_000_000
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 HEADER = "<|im_end|>\n<|im_start|>assistant\n"
 TIME = "The video lasts for {duration:.2f} seconds, and {num_frames} frames are uniformly sampled from it."
-FROM_PICKLE = (
-    'python -c "from torch import load; from safetensors.torch import save_file; '
-    "w = load('pytorch_model.bin', weights_only=True); "
-    "save_file({n: t.clone() for n, t in w.items()}, 'model.safetensors')\""
-)
 
 # The original tells towers apart by a part of their name, tried in this order.
 TOWERS = {
@@ -366,25 +372,12 @@ def text_config(architecture: dict[str, Any], attention: str) -> Qwen2Config:
     return Qwen2Config(**values, rope_parameters=rope, attn_implementation=attention)
 
 
-def local_folder(option: str, place: str) -> Path:
-    """The folder itself, or a hub id's downloaded copy; ``option`` is what the user called it."""
-    if os.path.isdir(place):
-        return Path(place)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(place)):
-        raise ValueError(f"{option} '{place}' is neither a folder nor a hub id like 'owner/name'")
-    try:
-        return Path(snapshot_download(place, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]))
-    except Exception as error:  # offline, unknown, gated: the client has many kinds of error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{option} '{place}' is no folder, nor could it be downloaded: {reason}") from error
-
-
 def read_architecture(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder, checked to be this model's."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"'{folder}' holds no config.json; a VideoChat-Flash checkpoint folder is needed")
-    architecture = _read_json(path)
+    architecture = read_json(path)
     kind, classes = architecture.get("model_type"), architecture.get("architectures") or []
     known = ("VideoChatFlashQwenForCausalLM", "LlavaQwenForCausalLM")
     if kind not in ("videochat_flash_qwen", "llava_qwen", "qwen2") or not set(classes) <= set(known):
@@ -396,88 +389,6 @@ def read_architecture(folder: Path) -> dict[str, Any]:
     return architecture
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not valid JSON ({error}); copy or download it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"'{path}' must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def resolve_attention(name: str, device: str, dtype: torch.dtype) -> str:
-    """The implementation to use; ``auto`` takes flash-attention where it can run."""
-    able = {
-        "a CUDA device": torch.device(device).type == "cuda",
-        "dtype bfloat16 or float16": dtype != torch.float32,
-        "the flash_attn package (pip install xcomp[flash])": importlib.util.find_spec("flash_attn") is not None,
-    }
-    lacking = [what for what, there in able.items() if not there]
-    if name == "flash_attention_2" and lacking:
-        raise ValueError(f"attn_implementation 'flash_attention_2' needs {', '.join(lacking)}; use 'auto' or 'sdpa'")
-    if name == "auto":
-        return "sdpa" if lacking else "flash_attention_2"
-    return name
-
-
-# --- weight files -----------------------------------------------------------------------------------------------------
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's safetensors file or shards."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        shards = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-        if absent := [shard.name for shard in shards if not shard.is_file()]:
-            raise ValueError(f"'{index}' lists {len(shards)} shards, missing: {', '.join(absent)}; download them")
-        return shards
-    if pickles := sorted(folder.glob("pytorch_model*.bin")):
-        raise ValueError(
-            f"'{pickles[0]}' is a pickle, which may run code and is not read; convert it, in that folder: {FROM_PICKLE}"
-        )
-    raise ValueError(f"'{folder}' holds no model.safetensors (nor model.safetensors.index.json with shards)")
-
-
-def stored_tensors(files: list[Path]) -> dict[str, tuple[Path, list[int], str]]:
-    """Tensor name → (file, shape, type), from the files' headers alone."""
-    stored = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    tensor = file.get_slice(name)
-                    stored[name] = (path, list(tensor.get_shape()), tensor.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"'{path}' is cut off or no safetensors file ({error}); download it again") from error
-    return stored
-
-
-@contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into beside the target, put in its place when all is written. Files of other names stay."""
-    target = Path(folder).resolve()
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"'{target}' is a file; name a folder to save into")
-    mark = uuid.uuid4().hex[:8]
-    fresh, old = target.with_name(f".{target.name}.{mark}.new"), target.with_name(f".{target.name}.{mark}.old")
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    if old.exists():
-        for entry in old.iterdir():
-            if not (target / entry.name).exists() and not re.fullmatch(r"model.*\.safetensors(\..*)?", entry.name):
-                entry.rename(target / entry.name)
-        shutil.rmtree(old)
-
-
 # --- the backbone -----------------------------------------------------------------------------------------------------
 
 
@@ -486,6 +397,7 @@ class VideoChatFlash(Backbone):
 
     pixel_mean = (0.485, 0.456, 0.406)
     pixel_std = (0.229, 0.224, 0.225)
+    message_tokens = 27  # the time message; counted so by the released frame selection whatever its digits
 
     @dataclass
     class Config:
@@ -507,7 +419,7 @@ class VideoChatFlash(Backbone):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self._check_options()
+        check_options(config, clip_batch=config.clip_batch, clip_frames=config.clip_frames)
         folder = None if config.checkpoint is None else local_folder("checkpoint", find_checkpoint(config.checkpoint))
         self.architecture = copy.deepcopy(config.architecture) if folder is None else read_architecture(folder)
         with torch.device("cpu" if folder is None else "meta"):
@@ -517,22 +429,7 @@ class VideoChatFlash(Backbone):
         self._keep_rotary()
         self.to(device=config.device, dtype=DTYPES[config.dtype])
         self._folder = folder
-        self.tokenizer = self._load_tokenizer()
-
-    def _check_options(self) -> None:
-        config = self.config
-        if (config.checkpoint is None) == (config.architecture is None):
-            raise ValueError("give exactly one of checkpoint (a folder or hub id) and architecture (a config.json)")
-        for option, value, known in (
-            ("dtype", config.dtype, DTYPES),
-            ("attn_implementation", config.attn_implementation, ATTENTION),
-        ):
-            if value not in known:
-                raise ValueError(f"{option} is '{value}'; it must be one of {', '.join(known)}")
-        for option, value in (("clip_batch", config.clip_batch), ("clip_frames", config.clip_frames)):
-            if value is not None and value < 1:
-                raise ValueError(f"{option} is {value}; it must be at least 1")
-        check_device(config.device)
+        self.tokenizer = load_tokenizer(folder, config.tokenizer, self.text_config)
 
     def _build(self) -> None:
         """Modules from ``architecture`` and options, on the ambient device."""
@@ -569,12 +466,8 @@ class VideoChatFlash(Backbone):
 
     def _apply(self, fn, recurse=True):
         """Moves and casts as any module does, but leaves the rotary frequencies in float32."""
-        rotary = self.language_model.rotary_emb
-        exact = dict(rotary.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            setattr(rotary, name, buffer.to(getattr(rotary, name).device))
-        return self
+        with exact_buffers(self.language_model.rotary_emb):
+            return super()._apply(fn, recurse)
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -610,21 +503,16 @@ class VideoChatFlash(Backbone):
         wrong += [f"unexpected {name} {stored[name][1]}" for name in stored if name not in shapes]
         for name in sorted(set(shapes) & set(stored)):
             _, shape, dtype = stored[name]
-            if shape != shapes[name] or dtype not in ("F64", "F32", "F16", "BF16"):
+            if shape != shapes[name] or dtype not in FLOATS:
                 wrong.append(f"{name} is {dtype} {shape}, should be floating-point {shapes[name]}")
-        if wrong:
-            more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-            raise ValueError(
-                f"'{folder}': {len(wrong)} tensors do not fit its config.json: {'; '.join(wrong[:20])}{more}"
-            )
+        refuse_tensors(folder, wrong)
 
     def save_pretrained(self, folder: str, dtype: str | None = None) -> None:
         """Write a checkpoint in the released layout, in ``dtype`` (default: the model's own).
 
         An existing folder is replaced only once everything is written; a tied head is not stored twice.
         """
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}")
+        check_save_dtype(dtype)
         with whole_folder(folder) as fresh:
             self._write_weights(fresh, DTYPES[dtype] if dtype else self.dtype)
             self._write_config(fresh, dtype or str(self.dtype).removeprefix("torch."))
@@ -640,7 +528,7 @@ class VideoChatFlash(Backbone):
         values |= self.architecture | {"torch_dtype": dtype, "mm_local_num_frames": self.clip_frames}
         if "dtype" in values:
             values["dtype"] = dtype
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "config.json", values)
 
     def _write_weights(self, folder: Path, dtype: torch.dtype) -> None:
         own = {self.released_name(name): parameter for name, parameter in self.named_parameters()}
@@ -654,7 +542,7 @@ class VideoChatFlash(Backbone):
             (folder / filename).chmod(0o644)  # safetensors leaves it to the owner alone
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / "model.safetensors.index.json", index)
 
     # --- frames to visual tokens --------------------------------------------------------------------------------------
 
@@ -702,17 +590,6 @@ class VideoChatFlash(Backbone):
 
     # --- words --------------------------------------------------------------------------------------------------------
 
-    def _load_tokenizer(self) -> Any:
-        """The tokenizer, or None where a checkpoint folder holds none."""
-        folder = self._folder if self.config.tokenizer is None else local_folder("tokenizer", self.config.tokenizer)
-        files = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
-        if folder is not None and any((folder / name).is_file() for name in files):
-            # Given a config, it does not read config.json, whose model type transformers would warn of.
-            return AutoTokenizer.from_pretrained(folder, config=self.text_config, trust_remote_code=False)
-        if self.config.tokenizer is not None:
-            raise ValueError(f"tokenizer '{folder}' holds none of {', '.join(files)}")
-        return None
-
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids of ``<|im_end|>`` and ``<|endoftext|>``; without a tokenizer, what config.json says ends an answer."""
@@ -730,6 +607,5 @@ class VideoChatFlash(Backbone):
         return self._ids(f"\n<|im_start|>user\n{question}{HEADER}")
 
     def _ids(self, text: str) -> Tensor:
-        if self.tokenizer is None:
-            raise ValueError("no tokenizer files in the checkpoint folder; give tokenizer=<folder> to build prompts")
+        require_tokenizer(self.tokenizer)
         return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)

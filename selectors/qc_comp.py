@@ -47,7 +47,7 @@ class QCComp(FrameSelector):
         window_clips: int = 8  # clips in a window
         window_stride: int = 4  # clips from one window to the next
         n_repeat: int = 2  # rounds, each with shifted chunks: how often every frame is scored
-        query_bias: int = 27  # tokens after the video that are not counted as question: the time message
+        query_bias: int | None = None  # tokens after the video that are not counted as question; None: the backbone's
         causal: bool = False  # question tokens see earlier question tokens only (the paper)
         first_layer: float = 6 / 28  # scores are summed from this depth …
         last_layer: float = 24 / 28  # … up to this one
@@ -64,7 +64,7 @@ class QCComp(FrameSelector):
                 raise ValueError(
                     f"window_clips {self.window_clips} is no multiple of window_stride {self.window_stride}"
                 )
-            if self.query_bias < 0:
+            if self.query_bias is not None and self.query_bias < 0:
                 raise ValueError(f"query_bias is {self.query_bias}; it must be at least 0")
             if not 0 <= self.first_layer < self.last_layer <= 1:
                 raise ValueError("first_layer and last_layer are depths with 0 <= first_layer < last_layer <= 1")
@@ -80,7 +80,7 @@ class QCComp(FrameSelector):
         self, backbone, pixels, prefix_ids, question_ids, header_ids, compressor=None, *, question=None
     ) -> Tensor:
         num_frames = len(pixels)
-        layers = self.layers(backbone.num_layers)
+        layers, merged = self.layers(backbone.num_layers), backbone.merged_frames
         total = torch.zeros(len(layers), num_frames)
         count = torch.zeros(len(layers), num_frames)
         tokens: dict[int, Tensor] = {}
@@ -88,10 +88,11 @@ class QCComp(FrameSelector):
         for start in starts:
             alignment = start % backbone.clip_frames
             if alignment not in tokens:  # clips are encoded once for each way the chunks cut them
-                tokens = {alignment: backbone.encode(pixels.roll(-alignment, 0)).roll(alignment, 0)}
+                tokens = {alignment: backbone.encode(pixels.roll(-alignment, 0))}
             frames = (start + torch.arange(length)) % num_frames
+            groups = (frames[::merged] - alignment) % num_frames // merged
             scores = self.clip_scores(
-                backbone, tokens[alignment][frames], prefix_ids, question_ids, header_ids, compressor, layers=layers
+                backbone, tokens[alignment][groups], prefix_ids, question_ids, header_ids, compressor, layers=layers
             )
             scores = scores[list(layers)].repeat_interleave(self.config.clip_frames, 1)[:, :length]
             kept = ~scores.isnan()
@@ -105,15 +106,23 @@ class QCComp(FrameSelector):
     ) -> Tensor:
         """Scores (L, clips) of one chunk of visual tokens (T, N, D), a clip being ``clip_frames`` frames.
 
+        Where the backbone merges frames, T counts groups of them.
+
         NaN marks what has no score: clips that too few windows cover, and layers outside ``layers`` (default: all).
         """
         layers = range(backbone.num_layers) if layers is None else layers
-        skipped = self.config.query_bias
+        skipped = backbone.message_tokens if self.config.query_bias is None else self.config.query_bias
         if skipped >= len(question_ids):
             raise ValueError(
                 f"query_bias {skipped} leaves no token of a question of {len(question_ids)}; lower query_bias"
             )
-        num_clips = math.ceil(len(tokens) / self.config.clip_frames)
+        clip_groups = self.config.clip_frames // backbone.merged_frames
+        if clip_groups * backbone.merged_frames != self.config.clip_frames:
+            raise ValueError(
+                f"clip_frames {self.config.clip_frames} is no multiple of the {backbone.merged_frames} frames that the "
+                "backbone merges"
+            )
+        num_clips = math.ceil(len(tokens) / clip_groups)
         scores = torch.full((backbone.num_layers, num_clips), math.nan)
         clip_of = torch.empty(0)
 
@@ -122,7 +131,7 @@ class QCComp(FrameSelector):
             frame = seen.layout.frame[0, seen.layout.visual[0]]
             if seen.layer == 0:  # frames as the language model has them: merging in time makes them fewer
                 shown = int(frame.max()) + 1
-                clip_of = torch.arange(shown) * len(tokens) // shown // self.config.clip_frames
+                clip_of = torch.arange(shown) * len(tokens) // shown // clip_groups
             if seen.layer in layers:
                 scores[seen.layer] = self._layer_scores(backbone, seen, parts, clip_of[frame], num_clips)
 

@@ -108,6 +108,8 @@ class Backbone(nn.Module):
     Config: type
     tokens_per_frame: int  # N
     clip_frames: int  # F; ``encode`` takes multiples of it
+    merged_frames: int = 1  # pictures that share a group of N tokens; the language model's "frame" is such a group
+    message_tokens: int = 0  # tokens that ``prompt`` puts between the video and the question, e.g. a time message
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     language_model: nn.Module  # a transformers *Model: embed_tokens, layers, norm, rotary_emb
@@ -121,7 +123,7 @@ class Backbone(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define preprocess(frames)")
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(T, 3, h, w) → visual tokens (T, N, D); T is a multiple of ``clip_frames``."""
+        """(T, 3, h, w) → visual tokens (T / merged_frames, N, D); T is a multiple of ``clip_frames``."""
         raise NotImplementedError(f"{type(self).__name__} must define encode(pixels)")
 
     def prompt(self, question: str, video: ShownVideo) -> Prompt:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from conftest import ARCHITECTURE
 from tiny_clip import save_tiny_clip
+from tiny_llava import architecture as llava_architecture
+from tiny_llava import save_tokenizer
 
 from xcomp.registry import plugins
 
@@ -19,6 +22,9 @@ def names_of(kind: str) -> list[str]:
 
 
 def backbone_options(name: str, tokenizer: Path) -> dict[str, Any]:
+    """``tokenizer`` is the folder of one of Qwen2's form; backbones that need a video's placeholder make their own."""
+    if name == "llava_next_video":
+        return {"architecture": llava_architecture(), "tokenizer": save_tokenizer(tokenizer.with_name("vicuna"))}
     return {"videochat_flash": {"architecture": ARCHITECTURE, "tokenizer": str(tokenizer)}}.get(name, {})
 
 
@@ -27,4 +33,9 @@ def selector_options(name: str, folder: Path) -> dict[str, Any]:
 
 
 def benchmark_options(name: str, folder: Path) -> dict[str, Any]:
+    if name == "lvbench":
+        record = {"video": "1", "question": "What?", "candidates": ["(A) one", "(B) two"], "answer": "(B) two"}
+        (folder / "1.mp4").touch()
+        (folder / "lvbench.json").write_text(json.dumps([record]))
+        return {"annotations": str(folder / "lvbench.json"), "videos": str(folder)}
     return {"num_videos": 3, "seconds": 4.0, "size": 32, "root": str(folder)} if name == "needle" else {}
