@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import xcomp
+from xcomp.cli import main
 from xcomp.config import load_config, parse_config
 from xcomp.model import VideoQA
 from xcomp.registry import KINDS, plugins
@@ -125,6 +126,18 @@ def test_ask_answers_on_stdout_and_nothing_else(place, video):
     assert (done.returncode, done.stderr) == (0, "")
     answer = VideoQA.from_config(load_config(place / "run.yaml", ["frames=8"])).eval().ask(video, question, options)
     assert done.stdout.strip() == (answer.text if answer.choice is None else options[answer.choice])
+
+
+def test_ask_writes_words_as_they_come(video, monkeypatch, capsys):
+    """What is on stdout when a token is computed is what was written before it."""
+    seen, decode = [], xcomp.Decoder.decode
+    monkeypatch.setattr(xcomp.Decoder, "decode", lambda *args: (seen.append(capsys.readouterr().out), decode(*args))[1])
+    question = "Where on the screen is the cross?\ntop left, top right, bottom left or bottom right"
+    assert main(["ask", video, question]) == 0
+    text = "".join([*seen, capsys.readouterr().out])
+    answer = VideoQA.from_config(load_config("ask")).eval().ask(video, question).text
+    assert text.strip() == answer and text.endswith("\n")
+    assert len(answer.split()) > 1 and any(seen)  # a word at a time
 
 
 @needs_fork

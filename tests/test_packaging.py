@@ -133,3 +133,10 @@ def test_installed_configs_checkpoints_and_plugins_are_found_by_name(installed, 
     assert set(configs) == shipped and "brand_new/deeper/run" in configs and name == "deep"
     assert Path(checkpoint) == installed.target / "xcomp" / "checkpoints" / "small"
     assert Path(plugin) == installed.target / "xcomp" / "compressors" / "lp_comp.py"
+
+
+def test_the_installed_command_writes_every_kind_of_plugin(installed):
+    for kind in KINDS:
+        assert "wrote fresh/" in installed("-m", "xcomp.cli", "new", kind, f"fresh_{kind}", "--folder", "fresh")
+    listed = installed("-m", "xcomp.cli", "plugins", "fresh")
+    assert all(f"fresh_{kind}" in listed for kind in KINDS) and "broken" not in listed

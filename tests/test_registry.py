@@ -184,7 +184,17 @@ WITH_CONFIG = "Config = dataclass(type('Config', (), {}))"
         ("raise RuntimeError('no licence')\n", r"'broken' .* failed to import: RuntimeError: no licence"),
         ("import nothing_of_this_name\n", r"failed to import: ModuleNotFoundError: No module named 'nothing_of_"),
         ("def f(:\n", r"failed to import: SyntaxError"),
-        (CLASS.format("One", "pass"), r"compressor 'broken' breaks its contract: One.Config must be a dataclass"),
+        (CLASS.format("One", "pass"), r"'broken' .* breaks its contract: One.Config must be a dataclass"),
+        ("import sys; sys.exit(3)\n", "failed to import: SystemExit: 3"),
+        ("x = 1\0\n", "failed to import: (SyntaxError|ValueError): source code string cannot contain null bytes"),
+        (
+            CLASS.format("One", WITH_CONFIG + "\n    def __init__(self): pass"),
+            r"compressor 'broken' breaks its contract: One\(config\) must make one, but too many positional arguments",
+        ),
+        (
+            CLASS.format("One", WITH_CONFIG + "\n    def plan(self, num_layers): pass"),
+            r"breaks its contract: plan\(\) must take \(num_layers, tokens_per_frame\), but too many positional",
+        ),
     ],
 )
 def test_a_file_that_is_no_plugin_says_why(tmp_path, source, message):
@@ -201,10 +211,42 @@ def test_a_private_helper_class_beside_the_plugin_is_fine(folder):
     assert load_class("compressor", "every_other", [folder]).__name__ == "EveryOther"
 
 
-def test_a_flat_file_that_is_not_python_is_named(folder):
+def test_a_flat_file_that_is_not_python_is_an_error_for_who_asks_for_it_only(folder):
     (folder / "torn.py").write_text("def f(:\n")
-    with pytest.raises(PluginError, match=r"plugin file '.*torn.py' is not valid Python"):
-        plugins("compressor", [folder])
+    for kind in ("compressor", "selector"):
+        with pytest.raises(PluginError, match=rf"{kind} 'torn' \({folder}\) failed to import: SyntaxError"):
+            find(kind, "torn", [folder])
+        assert "torn" not in plugins(kind, [folder])
+    assert options("every_other", folder).step == 2
+
+
+@pytest.mark.parametrize("parameters, fault", [
+    ("backbone, pixels, *args, **kwargs", None),
+    ("llm, frames, before, about, after, compressor=None, *, question", None),
+    ("backbone, pixels, prefix_ids, question_ids, header_ids, compressor=None", "got an unexpected .* 'question'"),
+    ("backbone, pixels, question, *, compressor=None", "multiple values for argument 'question'"),
+    ("backbone, pixels, *args, weight, **kwargs", "missing a required .*'weight'"),
+])  # fmt: skip
+def test_a_method_must_take_what_the_framework_gives(tmp_path, parameters, fault):
+    (tmp_path / "own.py").write_text(
+        "from dataclasses import dataclass\nfrom xcomp import FrameSelector\nclass Own(FrameSelector):\n"
+        f"    {WITH_CONFIG}\n    def score_frames(self, {parameters}): pass\n"
+    )
+    if fault is None:
+        load_class("selector", "own", [tmp_path])
+    else:
+        with pytest.raises(PluginError, match=rf"'own' .* score_frames\(\) must take \(backbone, .*, but {fault}"):
+            load_class("selector", "own", [tmp_path])
+
+
+def test_an_entry_point_to_something_else_says_so(tmp_path, monkeypatch):
+    install(tmp_path, target="halving:dataclass")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PluginError, match=r"'halve' \(halving 1.5\) must define one public Compressor class"):
+        xcomp.load_compressor("halve")
+    (tmp_path / "halving-1.5.dist-info" / "entry_points.txt").write_text("[xcomp.compressors]\nhalve = pathlib:Path\n")
+    with pytest.raises(PluginError, match=r"'halve' \(halving 1.5\) .*: Path must be a subclass of Compressor"):
+        xcomp.load_compressor("halve")
 
 
 # --- listing ----------------------------------------------------------------------------------------------------------
@@ -222,6 +264,87 @@ def test_listing_imports_no_plugin_and_no_torch(folder):
     found, modules = json.loads(done.stdout)
     assert {"every_other", "loud", "lp_comp"} <= set(found["compressor"]) and all(found.values())
     assert modules == ["xcomp", "xcomp.registry"]
+
+
+@pytest.fixture
+def broken(folder, tmp_path, monkeypatch):
+    """A folder with a sound compressor among broken plugins, and broken entry points."""
+    (folder / "torn.py").write_text("def f(:\n")
+    (folder / "selectors").mkdir()
+    for name, source in {
+        "cut": "x = (\n",
+        "outside": "return 1\n",
+        "absent": "import nothing_of_this_name\n",
+        "empty": "",
+        "loose": "from xcomp import FrameSelector\nclass Loose(FrameSelector): pass\n",
+        "two": "from xcomp import FrameSelector as F\nclass A(F): pass\nclass B(F): pass\n",
+    }.items():
+        (folder / "selectors" / f"{name}.py").write_text(source)
+    install(tmp_path)
+    (tmp_path / "halving").mkdir()
+    (tmp_path / "halving" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (tmp_path / "halving" / "there.py").touch()
+    (tmp_path / "halving-1.5.dist-info" / "entry_points.txt").write_text(
+        "[xcomp.benchmarks]\ngone = halving_gone:X\nmoved = halving.moved:X\ndeep = halving.there.deep:X\n"
+        "loud = halving.there:X\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("halving", "halving.there"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return folder
+
+
+def listed(out):
+    """{name: (kind, origin, problem or None)}"""
+    rows = [line.split(maxsplit=2) for line in out.splitlines()]
+    return {name: (kind, *(rest.split("  broken: ") + [None])[:2]) for kind, name, rest in rows}
+
+
+def test_the_listing_names_what_is_broken_as_far_as_it_shows_without_importing(broken, capsys):
+    assert main(["plugins", str(broken)]) == 0
+    rows = listed(capsys.readouterr().out)
+    bad = {name: row for name, row in rows.items() if row[2]}
+    assert set(bad) == {"torn", "cut", "outside", "gone", "moved", "deep"}
+    assert bad["torn"][:2] == ("?", str(broken)) and bad["torn"][2].startswith("SyntaxError: ")
+    assert bad["cut"][:2] == ("selector", str(broken / "selectors")) and "cut.py, line 1" in bad["cut"][2]
+    assert bad["moved"] == ("benchmark", "halving 1.5", "ModuleNotFoundError: No module named 'halving.moved'")
+    assert rows["every_other"] == ("compressor", str(broken), None) and rows["lp_comp"][1:] == ("built-in", None)
+    assert "halving" not in sys.modules
+
+
+def test_the_checked_listing_names_everything_that_is_broken(broken, capsys):
+    assert main(["plugins", str(broken), "--check"]) == 1
+    out = capsys.readouterr().out
+    rows = listed(out)
+    problems = {name: row[2] for name, row in rows.items() if row[2]}
+    for name, start in {
+        "torn": "SyntaxError: ",
+        "cut": "failed to import: SyntaxError: ",
+        "absent": "failed to import: ModuleNotFoundError: No module named 'nothing_of_this_name'",
+        "empty": "must define one public FrameSelector class; found: none",
+        "two": "must define one public FrameSelector class; found: A, B",
+        "loose": "breaks its contract: Loose.Config must be a dataclass",
+        "gone": "failed to import: ModuleNotFoundError: No module named 'halving_gone'",
+        "loud": "failed to import: RuntimeError: imported",
+    }.items():
+        assert problems.pop(name).startswith(start)
+    assert set(problems) == {"outside", "moved", "deep"}  # every built-in plugin is sound
+    assert len(out.splitlines()) == sum(len(plugins(kind, [broken])) for kind in KINDS) + 1
+    for name in ("every_other", "lp_comp"):
+        assert xcomp.load_compressor(name, plugins=[broken]) is not None
+
+
+def test_a_listing_without_broken_plugins_passes_the_check(folder, capsys):
+    assert main(["plugins", str(folder), "--check"]) == 0
+    assert "every_other" in capsys.readouterr().out
+
+
+def test_the_listing_refuses_two_of_one_name(folder, capsys):
+    (folder / "compressors").mkdir()
+    shutil.copy(folder / "every_other.py", folder / "compressors")
+    assert main(["plugins", str(folder)]) == 2
+    message = f"two compressors are called 'every_other': {folder} and {folder / 'compressors'}; rename one"
+    assert capsys.readouterr().err == f"xcomp: error: {message}\n"
 
 
 # --- from a dropped file to a result ----------------------------------------------------------------------------------

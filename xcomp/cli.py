@@ -1,4 +1,4 @@
-"""``xcomp compare | tune | evaluate | ask | plugins``: every command reads a YAML file or plain arguments.
+"""``xcomp compare | tune | evaluate | ask | plugins | new``: every command reads a YAML file or plain arguments.
 
 Nothing heavy is imported before a command needs it. What a user can get wrong ends as one line and exit status 2.
 """
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 import xcomp
-from xcomp.registry import KINDS, plugins
+from xcomp.registry import KINDS, Plugin, plugins, problem, unreadable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _quiet()
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
@@ -32,7 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = text.splitlines()[-1]
         print(f"xcomp: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _quiet() -> None:
@@ -65,7 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     ask.set_defaults(run=_ask)
     listing = commands.add_parser("plugins", help="list backbones, compressors, selectors and benchmarks")
     listing.add_argument("folders", nargs="*", help="folders of your own plugin files")
+    listing.add_argument("--check", action="store_true", help="import them all; exit status 1 if any is broken")
     listing.set_defaults(run=_plugins)
+    new = commands.add_parser("new", help="write a plugin of your own that works, and its test, to change as you like")
+    new.add_argument("kind", metavar="KIND", help=", ".join(KINDS))
+    new.add_argument("name", metavar="NAME", help="by which YAML files name it, e.g. every_other")
+    new.add_argument("--folder", default="plugins", metavar="DIR", help="folder of your plugins (default: %(default)s)")
+    new.set_defaults(run=_new)
     return parser
 
 
@@ -101,16 +106,36 @@ def _ask(options: argparse.Namespace) -> None:
     from xcomp.video import Video
 
     Video(options.video, reader=config.sampling.reader).close()  # before a large model is loaded for nothing
+    from transformers import TextStreamer
+
     from xcomp.model import VideoQA
 
-    answer = VideoQA.from_config(config).eval().ask(options.video, options.question, options.options)
+    model = VideoQA.from_config(config).eval()
+    if not options.options and config.generation.num_beams == 1:  # words as they come
+        streamer = TextStreamer(model.backbone.tokenizer, skip_special_tokens=True)
+        model.ask(options.video, options.question, streamer=streamer)
+        return
+    answer = model.ask(options.video, options.question, options.options)
     print(answer.text if answer.choice is None else options.options[answer.choice])
 
 
-def _plugins(options: argparse.Namespace) -> None:
-    for kind in KINDS:
-        for plugin in plugins(kind, options.folders).values():
-            print(f"{kind:<11} {plugin.name:<20} {plugin.origin}")
+def _plugins(options: argparse.Namespace) -> int:
+    rows = [(p.kind, p.name, p.origin, problem(p, check=options.check)) for p in _all_plugins(options.folders)]
+    rows += [("?", file.stem, str(file.parent), error) for file, error in unreadable(options.folders).items()]
+    for kind, name, origin, error in rows:
+        print(f"{kind:<11} {name:<20} {origin}" + (f"  broken: {error}" if error else ""))
+    return int(options.check and any(error for *_, error in rows))
+
+
+def _all_plugins(folders: Sequence[str]) -> list[Plugin]:
+    return [plugin for kind in KINDS for plugin in plugins(kind, folders).values()]
+
+
+def _new(options: argparse.Namespace) -> None:
+    from xcomp.new import next_steps, write_plugin
+
+    files = write_plugin(options.kind, options.name, options.folder)
+    print(next_steps(options.kind, options.name, options.folder, files))
 
 
 if __name__ == "__main__":

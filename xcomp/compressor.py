@@ -9,6 +9,7 @@ A compressor acts in one or more of three places:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,9 @@ class PlannedDrop(Compressor):
 
 def check_plan(plan: list[tuple[int, ...]], num_layers: int, tokens_per_frame: int, who: str) -> None:
     """ValueError unless every layer keeps at least one slot, in range, once, out of those of the layer before."""
+    layers = list(plan) if isinstance(plan, Sequence) else [None]
+    if not all(isinstance(slots, Sequence) and all(isinstance(slot, int) for slot in slots) for slots in layers):
+        raise ValueError(f"{who}.plan must return the slots of each layer, a list of tuples of int, not {plan!r:.60}")
     if len(plan) != num_layers:
         raise ValueError(f"{who}.plan names {len(plan)} layers, but the language model has {num_layers}")
     before = set(range(tokens_per_frame))

@@ -1,8 +1,12 @@
-"""What contract checks are made of: a plugin under test, whose every fault is reported in its own name."""
+"""What contract checks are made of: clauses that hold in every run, and a plugin under test.
+
+Whatever a plugin does wrong is reported in its own name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -11,11 +15,97 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xcomp.benchmark import Question
+from xcomp.layout import TokenLayout
 from xcomp.registry import KINDS, make_config
 
 
 class ContractError(ValueError):
     """A plugin breaks a clause of its contract."""
+
+
+# --- Clauses, checked by ``xcomp.testing`` and wherever a run calls a plugin ------------------------------------------
+
+
+def name_of(kind: str, plugin: Any) -> str:
+    """``selector 'qc_comp'``: by the name it was asked for, else by its class."""
+    return f"{kind} '{getattr(plugin, 'plugin_name', type(plugin).__name__)}'"
+
+
+def require(holds: Any, who: str, clause: str) -> None:
+    if not holds:
+        raise ContractError(f"{who}: {clause}")
+
+
+def check_methods(kind: str, plugin: Any, *methods: str) -> None:
+    """The plugin must define these itself: the contract's class only names them."""
+    contract = getattr(import_module(KINDS[kind][1]), KINDS[kind][2])
+    for method in methods:
+        missing = getattr(type(plugin), method, None) is getattr(contract, method)
+        require(not missing, name_of(kind, plugin), f"{method}() is missing")
+
+
+def check_pixels(who: str, pixels: Any, num_frames: int) -> None:
+    right = isinstance(pixels, Tensor) and pixels.ndim == 4 and pixels.shape[:2] == (num_frames, 3)
+    clause = f"preprocess() must return float (T, 3, h, w), not {describe(pixels)}"
+    require(right and pixels.is_floating_point(), who, clause)
+
+
+def check_encoded(who: str, tokens: Any, shape: tuple[int, int, int]) -> None:
+    right = isinstance(tokens, Tensor) and tokens.shape == shape
+    require(right, who, f"encode() must return (T, N, D) = {shape}, not {describe(tokens, False)}")
+
+
+def check_before_llm(who: str, given: Tensor, returned: Any) -> None:
+    shape, right = tuple(given.shape), isinstance(returned, Tensor) and returned.ndim == 3
+    clause = f"before_llm() must turn (T, N, D) = {shape} into (T', N', D), not {describe(returned, False)}"
+    require(right and returned.shape[2] == shape[2], who, clause)
+    fewer = 0 < returned.shape[0] * returned.shape[1] <= shape[0] * shape[1]
+    clause = f"before_llm() must keep at least 1 token and add none: {shape} became {tuple(returned.shape)}"
+    require(fewer, who, clause)
+
+
+def check_keep(who: str, keep: Any, layout: TokenLayout) -> None:
+    shape = tuple(layout.real.shape)
+    right = isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.shape == shape
+    require(right, who, f"after_layer() must return None or (B, S) = {shape} bool, not {describe(keep)}")
+    left = (keep.cpu() & layout.visual).any(1)
+    require(left.all(), who, "after_layer() must keep a visual token of every sample")
+
+
+def check_scores(who: str, scores: Any, num_frames: int) -> None:
+    right = isinstance(scores, Tensor) and scores.shape == (num_frames,) and scores.is_floating_point()
+    clause = f"score_frames() must return one floating-point score a frame, ({num_frames},), not {describe(scores)}"
+    require(right, who, clause)
+    require(scores.isfinite().all(), who, "score_frames() must give every frame a finite score")
+
+
+def check_chosen(who: str, chosen: Any, num_frames: int, budget: int) -> None:
+    right = isinstance(chosen, list) and all(type(i) is int for i in chosen)
+    require(right, who, f"select() must return a list of int, not {chosen!r}")
+    inside = all(0 <= i < num_frames for i in chosen)
+    require(inside, who, f"select() must name frames within 0..{num_frames - 1}, not {chosen}")
+    ascending = all(a < b for a, b in zip(chosen, chosen[1:]))
+    require(ascending, who, f"select() must be ascending and name a frame once, not {chosen}")
+    met = len(chosen) == min(budget, num_frames)
+    clause = f"select() must meet the budget: {min(budget, num_frames)} of {num_frames}, not {chosen}"
+    require(met, who, clause)
+
+
+def check_questions(who: str, questions: Any) -> None:
+    right = isinstance(questions, list) and questions and all(isinstance(q, Question) for q in questions)
+    require(right, who, "questions() must return a list of at least one Question")
+    double = [name for name, count in Counter(q.id for q in questions).items() if count > 1]
+    require(not double, who, f"the id of every question must be its own; these occur more than once: {double[:3]}")
+
+
+def describe(value: Any, dtype: bool = True) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {tuple(value.shape)}" if dtype else str(tuple(value.shape))
+
+
+# --- A plugin under test ----------------------------------------------------------------------------------------------
 
 
 class Watch:
@@ -34,8 +124,7 @@ class Watch:
         self.require(isinstance(self.plugin, contract), f"must be a {contract.__name__}")
 
     def require(self, holds: Any, clause: str) -> None:
-        if not holds:
-            raise ContractError(f"{self.who}: {clause}")
+        require(holds, self.who, clause)
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:

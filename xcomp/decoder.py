@@ -24,6 +24,7 @@ from transformers import DynamicCache
 
 from xcomp.backbone import Backbone, Rotary
 from xcomp.compressor import Compressor, LayerOutput, check_plan
+from xcomp.contract import check_before_llm, check_keep, name_of
 from xcomp.generation import generate
 from xcomp.layout import TokenLayout, gather
 
@@ -173,13 +174,13 @@ class Decoder:
     def _plan(self, tokens_per_frame: int) -> list[tuple[int, ...]] | None:
         plan = self.compressor.plan(self.backbone.num_layers, tokens_per_frame)
         if plan is not None:
-            check_plan(plan, self.backbone.num_layers, tokens_per_frame, type(self.compressor).__name__)
+            check_plan(plan, self.backbone.num_layers, tokens_per_frame, name_of("compressor", self.compressor))
         return plan
 
     def _assemble(self, tokens: Any, prefix_ids: Any, suffix_ids: Any) -> tuple[Tensor, TokenLayout, int, bool]:
         """Embedded sequences (B, S, D) padded on the right, their layout, tokens a frame, and if it was a batch."""
         batched = isinstance(tokens, (list, tuple))
-        videos = [self.compressor.before_llm(t) for t in (tokens if batched else [tokens])]
+        videos = [self._before_llm(t) for t in (tokens if batched else [tokens])]
         prefixes = [_ids(i) for i in (_as_list(prefix_ids) if batched else [prefix_ids])]
         suffixes = [_ids(i) for i in (_as_list(suffix_ids) if batched else [suffix_ids])]
         if not len(videos) == len(prefixes) == len(suffixes):
@@ -197,6 +198,11 @@ class Decoder:
             for p, v, s in zip(prefixes, videos, suffixes)
         ]
         return pad_sequence(samples, batch_first=True), layout, widths.pop(), batched
+
+    def _before_llm(self, tokens: Tensor) -> Tensor:
+        compressed = self.compressor.before_llm(tokens)
+        check_before_llm(name_of("compressor", self.compressor), tokens, compressed)
+        return compressed
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.backbone.embed(ids.to(self.backbone.device))
@@ -266,9 +272,7 @@ class Decoder:
             self.observer(Observation(layer, queries, state.cache.layers[layer].keys, layout))
 
     def _check_keep(self, keep: Tensor, layout: TokenLayout) -> Tensor:
-        if keep.dtype != torch.bool or keep.shape != layout.real.shape:
-            raise ValueError(f"{type(self.compressor).__name__}.after_layer must return a bool tensor of shape "
-                             f"{tuple(layout.real.shape)}, not {keep.dtype} {tuple(keep.shape)}")
+        check_keep(name_of("compressor", self.compressor), keep, layout)
         return keep.cpu() | ~layout.visual
 
     def _layer(self, layer: int, *args: Any, **kwargs: Any) -> Tensor | None:

@@ -23,6 +23,7 @@ from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.benchmark import multiple_choice_prompt, parse_option
 from xcomp.compressor import Compressor
 from xcomp.config import ConfigError, Generation, RunConfig, Sampling, Tune, build_component
+from xcomp.contract import check_chosen, check_encoded, check_methods, check_pixels, check_scores, name_of
 from xcomp.cost import LLMShape, prefill_cost
 from xcomp.data.module import Sample, candidate_indices
 from xcomp.data.records import IGNORED
@@ -85,6 +86,9 @@ class VideoQA(L.LightningModule):
         tune: Tune | None = None,
     ):
         super().__init__()
+        check_methods("backbone", backbone, "preprocess", "encode", "prompt")
+        if selector is not None and selector.uses_video:
+            check_methods("selector", selector, "score_frames")
         self.backbone = backbone
         self.compressor = compressor or Compressor(None)
         self.selector = selector
@@ -180,7 +184,7 @@ class VideoQA(L.LightningModule):
             if budget is None or budget >= len(candidates) or self.selector is None:
                 return self._shown(video, candidates, video.frames(candidates))
             if not self.selector.uses_video:
-                chosen = self.selector.select(torch.zeros(len(candidates)), budget)
+                chosen = self._select(torch.zeros(len(candidates)), budget)
                 frames = [candidates[i] for i in chosen]
                 return self._shown(video, frames, video.frames(frames))
             everything = self._shown(video, candidates, video.frames(candidates))
@@ -194,7 +198,8 @@ class VideoQA(L.LightningModule):
             compressor=self.compressor,
             question=query.question,
         )
-        chosen = self.selector.select(scores, budget)
+        check_scores(name_of("selector", self.selector), scores, len(candidates))
+        chosen = self._select(scores, budget)
         return Shown(
             everything.pixels[chosen],
             [candidates[i] for i in chosen],
@@ -204,8 +209,15 @@ class VideoQA(L.LightningModule):
             everything.times,
         )
 
+    def _select(self, scores: Tensor, budget: int) -> list[int]:
+        chosen = self.selector.select(scores, budget)
+        check_chosen(name_of("selector", self.selector), chosen, len(scores), budget)
+        return chosen
+
     def _shown(self, video: Video, indices: list[int], frames: Tensor) -> Shown:
-        pixels = self.backbone.preprocess(frames).to(self.backbone.device, self.backbone.dtype)
+        pixels = self.backbone.preprocess(frames)
+        check_pixels(name_of("backbone", self.backbone), pixels, len(frames))
+        pixels = pixels.to(self.backbone.device, self.backbone.dtype)
         return Shown(pixels, indices, [round(i / video.fps, 3) for i in indices], video.duration)
 
     def _prompt(self, text: str, shown: Shown) -> Prompt:
@@ -213,9 +225,11 @@ class VideoQA(L.LightningModule):
 
     def _encode(self, pixels: list[Tensor]) -> list[Tensor]:
         """Tokens of several videos in one pass of the vision path: clips never interact before the LLM."""
+        frames = [len(p) for p in pixels]
         tokens = self.backbone.encode(torch.cat(pixels))
-        frames = torch.tensor([len(p) for p in pixels]) * len(tokens) // sum(len(p) for p in pixels)
-        return list(tokens.split(frames.tolist()))
+        shape = (sum(frames), self.backbone.tokens_per_frame, self.backbone.text_config.hidden_size)
+        check_encoded(name_of("backbone", self.backbone), tokens, shape)
+        return list(tokens.split(frames))
 
     def _macs(self, tokens_per_layer: list[int], prompt: Prompt) -> int:
         shape = LLMShape.from_config(self.backbone.text_config)

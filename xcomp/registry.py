@@ -3,6 +3,7 @@
 A plugin is one Python file with one class of its kind; its name is the file's name. It is found in three places:
 the framework's own folder of that kind, an installed package's entry point (group ``xcomp.compressors`` and so on),
 and folders the user names (``plugins: [./my_plugins]``). Listing reads names only; a file is imported when asked for.
+A broken plugin is an error for whoever asks for it, and for nobody else.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha1
+from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,10 @@ class Plugin:
     origin: str
     path: Path | None = None
     entry_point: EntryPoint | None = None
+
+    @property
+    def who(self) -> str:
+        return f"{self.kind} '{self.name}' ({self.origin})"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -86,17 +92,33 @@ def _in_folders(kind: str, folders: Iterable[str | Path]) -> list[Plugin]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise PluginError(f"plugin folder '{folder}' does not exist; 'plugins' lists folders of Python files")
-        files = [f for f in _python_files(folder) if _kind_of(f) == kind] + _python_files(folder / KINDS[kind][0])
-        found += [Plugin(kind, f.stem, str(folder), path=f.resolve()) for f in files]
+        flat = [f for f in _python_files(folder) if not _syntax_error(f) and _kind_of(f) == kind]
+        files = [*flat, *_python_files(folder / KINDS[kind][0])]
+        found += [Plugin(kind, f.stem, str(f.parent), path=f.resolve()) for f in files]
     return found
+
+
+def unreadable(folders: Iterable[str | Path] = ()) -> dict[Path, str]:
+    """The files straight in ``folders`` that are not valid Python, so that nobody knows their kind, and why."""
+    errors = {f: _syntax_error(f) for folder in folders for f in _python_files(Path(folder))}
+    return {file: error for file, error in errors.items() if error}
+
+
+def _syntax_error(file: Path) -> str | None:
+    try:
+        compile(file.read_bytes(), file.name, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, OSError) as error:
+        return _one_line(error)
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _kind_of(file: Path) -> str | None:
     """The kind of a plugin file, read from the bases of its classes without running it."""
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise PluginError(f"plugin file '{file}' is not valid Python: {error}") from error
+    tree = ast.parse(file.read_bytes())
     imported = {
         alias.asname or alias.name: f"{node.module}.{alias.name}"
         for node in tree.body
@@ -114,31 +136,85 @@ def _is_of_kind(base: str, kind: str) -> bool:
     return base.split(".")[-1] == contract or base.startswith((f"{module}.", f"xcomp.{folder}."))
 
 
+def problem(plugin: Plugin, *, check: bool = False) -> str | None:
+    """What is wrong with a plugin; unless ``check``, only what shows without importing it: syntax, a missing module."""
+    if check:
+        try:
+            load(plugin)
+        except PluginError as error:
+            return str(error).removeprefix(f"{plugin.who} ")
+        return None
+    if plugin.path:
+        return _syntax_error(plugin.path)
+    module = plugin.entry_point.module
+    return None if _is_there(module) else f"ModuleNotFoundError: No module named '{module}'"
+
+
+def _is_there(module: str) -> bool:
+    """Whether a module can be found. ``importlib.util.find_spec`` would import the packages that it is in."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    for depth, _ in enumerate(rest, start=2):
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        spec = PathFinder.find_spec(".".join(module.split(".")[:depth]), spec.submodule_search_locations)
+    return spec is not None
+
+
 def find(kind: str, name: str, folders: Iterable[str | Path] = ()) -> Plugin:
     """The plugin of that name; an unknown name is an error that lists what exists and suggests the nearest."""
+    folders = list(folders)
     known = plugins(kind, folders)
-    if name not in known:
-        raise PluginError(f"unknown {kind} '{name}';{nearest(name, known)} known: {', '.join(known)}")
-    return known[name]
+    if name in known:
+        return known[name]
+    for file, error in unreadable(folders).items():
+        if file.stem == name:
+            raise PluginError(f"{kind} '{name}' ({file.parent}) failed to import: {error}")
+    raise PluginError(f"unknown {kind} '{name}';{nearest(name, known)} known: {', '.join(known)}")
 
 
 def load_class(kind: str, name: str, folders: Iterable[str | Path] = ()) -> type:
     """Import a plugin and return its class."""
-    plugin = find(kind, name, folders)
+    return load(find(kind, name, folders))
+
+
+def load(plugin: Plugin) -> type:
+    """Import a plugin and return its class. Whatever is wrong with it is a PluginError that names it."""
+    who = plugin.who
     try:
-        if plugin.entry_point:
-            target = plugin.entry_point.load()
-            return target if inspect.isclass(target) else _class_in(target, kind, plugin)
-        return _class_in(_import(plugin), kind, plugin)
-    except PluginError:
-        raise
-    except Exception as error:  # whatever a plugin file raises on import is reported against that plugin
-        raise PluginError(
-            f"{kind} '{name}' ({plugin.origin}) failed to import: {type(error).__name__}: {error}"
-        ) from error
+        found = _import(plugin)
+    except (Exception, SystemExit) as error:  # whatever a plugin file raises on import is reported against that plugin
+        raise PluginError(f"{who} failed to import: {_one_line(error)}") from error
+    contract = getattr(importlib.import_module(KINDS[plugin.kind][1]), KINDS[plugin.kind][2])
+    plugin_class = found if inspect.isclass(found) else _class_in(found, contract, who)
+    if not issubclass(plugin_class, contract):
+        clause = f"{plugin_class.__name__} must be a subclass of {contract.__name__}"
+        raise PluginError(f"{who} breaks its contract: {clause}")
+    if not dataclasses.is_dataclass(getattr(plugin_class, "Config", None)):
+        raise PluginError(f"{who} breaks its contract: {plugin_class.__name__}.Config must be a dataclass")
+    _check_parameters(plugin_class, contract, who)
+    return plugin_class
+
+
+def _check_parameters(plugin_class: type, contract: type, who: str) -> None:
+    """What the plugin overrides must be callable as the contract's own: by position, and what has a default by name."""
+    for method, declared in vars(contract).items():
+        own = inspect.getattr_static(plugin_class, method)
+        if method.startswith("_") or own is declared or not (inspect.isfunction(declared) and inspect.isfunction(own)):
+            continue
+        parameters = list(inspect.signature(declared).parameters.values())
+        by_name = {p.name: None for p in parameters if p.default is not p.empty or p.kind is p.KEYWORD_ONLY}
+        try:
+            inspect.signature(own).bind(*(p for p in parameters if p.name not in by_name), **by_name)
+        except TypeError as error:
+            names = ", ".join(p.name for p in parameters[1:])
+            raise PluginError(f"{who} breaks its contract: {method}() must take ({names}), but {error}") from error
 
 
 def _import(plugin: Plugin) -> Any:
+    """The plugin's module, or what its entry point names."""
+    if plugin.entry_point:
+        return plugin.entry_point.load()
     if plugin.origin == "built-in":
         return importlib.import_module(f"xcomp.{KINDS[plugin.kind][0]}.{plugin.name}")
     module_name = f"xcomp_user_{sha1(str(plugin.path).encode()).hexdigest()[:8]}_{plugin.name}"
@@ -155,9 +231,8 @@ def _import(plugin: Plugin) -> Any:
     return module
 
 
-def _class_in(module: Any, kind: str, plugin: Plugin) -> type:
-    """The one class of the kind that the module itself defines."""
-    contract = getattr(importlib.import_module(KINDS[kind][1]), KINDS[kind][2])
+def _class_in(module: Any, contract: type, who: str) -> type:
+    """The one class of the contract that the module itself defines."""
     classes = [
         c
         for _, c in inspect.getmembers(module, inspect.isclass)
@@ -165,9 +240,7 @@ def _class_in(module: Any, kind: str, plugin: Plugin) -> type:
     ]
     if len(classes) != 1:
         names = ", ".join(c.__name__ for c in classes) or "none"
-        raise PluginError(
-            f"{kind} '{plugin.name}' ({plugin.origin}) must define one public {contract.__name__} class; found: {names}"
-        )
+        raise PluginError(f"{who} must define one public {contract.__name__} class; found: {names}")
     return classes[0]
 
 
@@ -177,7 +250,7 @@ def make_config(config_class: type, options: Mapping[str, Any], what: str) -> An
     Raises PluginError naming the option, what is wrong with it and the nearest right name.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     known = [f.name for f in dataclasses.fields(config_class)]
     for key in options:
@@ -187,6 +260,8 @@ def make_config(config_class: type, options: Mapping[str, Any], what: str) -> An
             )
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), dict(options)))
+    except MissingMandatoryValue as error:
+        raise PluginError(f"{what}: option '{error.key}' must be given; options: {', '.join(known)}") from error
     except OmegaConfBaseException as error:
         key = f" option '{error.full_key}'" if getattr(error, "full_key", None) else ""
         raise PluginError(f"{what}{key}: {str(error).splitlines()[0]}") from error
@@ -199,16 +274,20 @@ def configure(
 ) -> tuple[type, Any]:
     """Import the plugin and check its options, without making it: (class, its Config)."""
     plugin_class = load_class(kind, name, folders)
-    config_class = getattr(plugin_class, "Config", None)
-    if not dataclasses.is_dataclass(config_class):
-        raise PluginError(f"{kind} '{name}' breaks its contract: {plugin_class.__name__}.Config must be a dataclass")
-    return plugin_class, make_config(config_class, options or {}, f"{kind} '{name}'")
+    return plugin_class, make_config(plugin_class.Config, options or {}, f"{kind} '{name}'")
 
 
 def build(kind: str, name: str, options: Mapping[str, Any] | None = None, folders: Iterable[str | Path] = ()) -> Any:
     """Import the plugin, check its options, make it."""
     plugin_class, config = configure(kind, name, options, folders)
-    return plugin_class(config)
+    try:
+        inspect.signature(plugin_class).bind(config)
+    except TypeError as error:
+        clause = f"{plugin_class.__name__}(config) must make one, but {error}"
+        raise PluginError(f"{kind} '{name}' breaks its contract: {clause}") from error
+    made = plugin_class(config)
+    made.plugin_name = name  # by which a run speaks of it, should it break its contract
+    return made
 
 
 def load_backbone(name: str, *, plugins: Iterable[str | Path] = (), **options: Any) -> Any:

@@ -13,7 +13,6 @@ names the plugin and the clause it breaks. Shape letters are those of :mod:`xcom
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +23,19 @@ from torch import Tensor
 from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.benchmark import LETTERS, Question
 from xcomp.compressor import Compressor, LayerOutput, check_plan
-from xcomp.contract import ContractError, Watch, same, tensors_of
+from xcomp.contract import (
+    ContractError,
+    Watch,
+    check_before_llm,
+    check_chosen,
+    check_encoded,
+    check_keep,
+    check_pixels,
+    check_questions,
+    check_scores,
+    same,
+    tensors_of,
+)
 from xcomp.data.records import parse_record
 from xcomp.decoder import Decoder
 from xcomp.registry import make_config
@@ -90,11 +101,10 @@ def _check_vision(watch: Watch, backbone: Backbone) -> tuple[Tensor, Tensor]:
     clip, width = backbone.clip_frames, backbone.text_config.hidden_size
     frames = _frames(2 * clip)
     pixels = watch.call("preprocess", frames)
-    right = pixels.ndim == 4 and pixels.shape[:2] == (2 * clip, 3) and pixels.is_floating_point()
-    watch.require(right, f"preprocess() must return float (T, 3, h, w), not {pixels.dtype} {tuple(pixels.shape)}")
+    check_pixels(watch.who, pixels, 2 * clip)
     watch.require_close(backbone.preprocess(frames[-1:]), pixels[-1:], "preprocess() must take each frame on its own")
     tokens, expected = watch.call("encode", pixels), (2 * clip, backbone.tokens_per_frame, width)
-    watch.require(tokens.shape == expected, f"encode() must return (T, N, D) = {expected}, not {tuple(tokens.shape)}")
+    check_encoded(watch.who, tokens, expected)
     right = tokens.dtype == backbone.dtype and bool(tokens.isfinite().all())
     watch.require(right, f"encode() must return finite {backbone.dtype}, as the language model's, not {tokens.dtype}")
     watch.require_close(backbone.encode(pixels[clip:]), tokens[clip:], "encode() must take each clip on its own")
@@ -168,11 +178,7 @@ class _Watched(Compressor):
     def after_layer(self, output: LayerOutput) -> Tensor | None:
         keep = self.watch.call("after_layer", output, times=1)
         if keep is not None:
-            shape = output.layout.real.shape
-            right = isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.shape == shape
-            self.watch.require(right, f"after_layer() must return None or (B, S) = {tuple(shape)} bool")
-            left = (keep.cpu() & output.layout.visual).sum(1)
-            self.watch.require(bool((left > 0).all()), "after_layer() must keep a visual token of every sample")
+            check_keep(self.watch.who, keep, output.layout)
         return keep
 
 
@@ -200,11 +206,10 @@ def check_compressor(plugin: Any, *, backbone: Backbone | None = None, **options
 
 def _check_before_llm(watch: Watch, video: Tensor) -> int:
     """Tokens a frame afterwards."""
-    out, shape = watch.call("before_llm", video), tuple(video.shape)
-    right = isinstance(out, Tensor) and out.ndim == 3 and out.shape[2] == shape[2] and out.dtype == video.dtype
-    watch.require(right, f"before_llm() must turn (T, N, D) = {shape} into (T', N', D) of the same type")
-    fewer = 0 < out.shape[0] * out.shape[1] <= shape[0] * shape[1]
-    watch.require(fewer, f"before_llm() must keep at least 1 token and add none: {shape} became {tuple(out.shape)}")
+    out = watch.call("before_llm", video)
+    check_before_llm(watch.who, video, out)
+    clause = f"before_llm() must turn tokens into tokens of the same type, not {out.dtype}"
+    watch.require(out.dtype == video.dtype, clause)
     with watch.guard("before_llm()"):
         short = watch.plugin.before_llm(video.bfloat16())
     watch.require(short.dtype == torch.bfloat16, f"before_llm() must keep the type: bfloat16 became {short.dtype}")
@@ -234,29 +239,16 @@ def check_selector(plugin: Any, *, backbone: Backbone | None = None, **options: 
         prompt = backbone.prompt(QUESTION, ShownVideo(float(len(pixels)), len(pixels)))
         parts = (prompt.prefix_ids, prompt.question_ids, prompt.header_ids)
         scores = watch.call("score_frames", backbone, pixels, *parts, compressor=Compressor(None), question=QUESTION)
-        right = isinstance(scores, Tensor) and scores.shape == (len(pixels),) and scores.is_floating_point()
-        watch.require(right, f"score_frames() must return one floating-point score a frame, ({len(pixels)},)")
-        watch.require(scores.isfinite().all(), "score_frames() must give every frame a finite score")
+        check_scores(watch.who, scores, len(pixels))
         watch.require(not scores.requires_grad, "score_frames() must run without a gradient")
         for values in (scores, torch.arange(len(pixels)).float(), torch.zeros(len(pixels))):
             for budget in (1, max(1, len(pixels) // 2), len(pixels), len(pixels) + 3):
-                _check_select(watch, values, budget)
+                check_chosen(watch.who, watch.call("select", values, budget), len(pixels), budget)
     try:
         watch.plugin.select(torch.zeros(4), 0)
     except ValueError:
         return
     watch.require(False, "select() must refuse a budget of 0 with a ValueError")
-
-
-def _check_select(watch: Watch, scores: Tensor, budget: int) -> None:
-    chosen, wanted = watch.call("select", scores, budget), min(budget, len(scores))
-    right = isinstance(chosen, list) and all(type(i) is int for i in chosen)
-    watch.require(right, f"select() must return a list of int, not {chosen!r}")
-    inside = all(0 <= i < len(scores) for i in chosen)
-    watch.require(inside, f"select() must name frames within 0..{len(scores) - 1}, not {chosen}")
-    ascending = all(a < b for a, b in zip(chosen, chosen[1:]))
-    watch.require(ascending, f"select() must be ascending and name a frame once, not {chosen}")
-    watch.require(len(chosen) == wanted, f"select() must meet the budget: {wanted} of {len(scores)}, not {chosen}")
 
 
 # --- Benchmarks -------------------------------------------------------------------------------------------------------
@@ -266,12 +258,9 @@ def check_benchmark(plugin: Any, **options: Any) -> None:
     """Questions (stable, complete, their videos there), the prompt, the answers' parser, training records."""
     watch = Watch("benchmark", plugin, options)
     questions = watch.call("questions")
-    right = isinstance(questions, list) and questions and all(isinstance(q, Question) for q in questions)
-    watch.require(right, "questions() must return a list of at least one Question")
+    check_questions(watch.who, questions)
     fresh = Watch("benchmark", plugin, options).call("questions", times=1)
     watch.require(same(questions, fresh), "questions() must be the same, in the same order, in every run")
-    double = [name for name, count in Counter(q.id for q in questions).items() if count > 1]
-    watch.require(not double, f"the id of every question must be its own; these occur more than once: {double[:3]}")
     for question in questions:
         _check_question(watch, question)
     tokens = watch.plugin.max_new_tokens

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelChec
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from xcomp.config import ConfigError, RunConfig
+from xcomp.contract import check_methods
 from xcomp.data.module import ConversationData
 from xcomp.model import VideoQA
 from xcomp.run import check_run, make_trainer, open_run
@@ -30,6 +31,7 @@ def tune(config: RunConfig) -> Path:
     L.seed_everything(config.seed, workers=True, verbose=False)
     trainer = tuning_trainer(config)
     model = VideoQA.from_config(config)
+    check_methods("backbone", model.backbone, "follow_up", "parts", "save_pretrained")  # before hours of work
     model.freeze_untrained()
     model.backbone.train()
     data = ConversationData(config, model.backbone)

@@ -20,6 +20,7 @@ from xcomp.compare.arms import ResolvedArm, resolve_arms
 from xcomp.compare.report import read_run, table, write_report
 from xcomp.compare.statistics import summarise
 from xcomp.config import ConfigError, RunConfig, build_component
+from xcomp.contract import check_methods, check_questions, name_of, require
 from xcomp.model import Answer, Query, VideoQA
 from xcomp.run import check_run, make_trainer, open_run, write_atomically
 from xcomp.video import VideoError, check_budget
@@ -41,6 +42,7 @@ def compare(config: RunConfig, kind: str = "compare") -> Path:
     # What can be wrong is found before anything is written.
     arms = resolve_arms(config)
     benchmark = build_component("benchmark", config.benchmark, config.plugins)
+    check_methods("benchmark", benchmark, "questions")
     check_run(config, kind)
     make_trainer(config.trainer, logger=False, enable_checkpointing=False)
     models = _Models(config)
@@ -48,7 +50,9 @@ def compare(config: RunConfig, kind: str = "compare") -> Path:
     for arm in arms:
         if arm.frames is not None and arm.backbone == arms[0].backbone:
             check_budget(arm.frames, models.backbone.clip_frames)
-    questions = benchmark.questions()[: config.limit]
+    questions = benchmark.questions()
+    check_questions(name_of("benchmark", benchmark), questions)
+    questions = questions[: config.limit]
     about = {"name": config.benchmark, "num_questions": len(questions)}
     folder = open_run(config, kind, arms=[arm.description for arm in arms], benchmark=about)
     records = read_records(folder / RECORDS)
@@ -138,6 +142,9 @@ def record(arm: ResolvedArm, question: Question, outcome: Answer | VideoError, b
     if isinstance(outcome, VideoError):
         return {**line, "error": str(outcome)}
     prediction = benchmark.parse(outcome.text, question)
+    right = prediction is None or (type(prediction) is int and 0 <= prediction < len(question.options))
+    clause = f"parse() must return an option's number or None, not {prediction!r}"
+    require(right, name_of("benchmark", benchmark), clause)
     return {
         **line,
         "prediction": prediction,

@@ -1,0 +1,34 @@
+"""skeleton: every token up to the middle of the language model, then every ``step``-th token of a frame.
+
+A compressor acts in one or more of three places, and inherits the others, which keep everything:
+
+- ``before_llm(tokens)``: (T, N, D) → (T', N', D), to pool or merge tokens before the first layer;
+- ``plan(num_layers, tokens_per_frame)``: which tokens of each frame every layer keeps, where that is known beforehand;
+- ``after_layer(output)``: which tokens stay after a layer, where it depends on the data (``plan`` then returns None).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xcomp import Compressor
+
+
+class Skeleton(Compressor):
+    """Keeps every ``step``-th token from the middle layer on."""
+
+    @dataclass
+    class Config:
+        """The options that YAML can set, their types and defaults. ``self.config`` holds one."""
+
+        step: int = 2
+
+        def __post_init__(self) -> None:
+            if self.step < 1:
+                raise ValueError(f"step is {self.step}; it must be at least 1")
+
+    def plan(self, num_layers: int, tokens_per_frame: int) -> list[tuple[int, ...]]:
+        """For each layer the slots (0 to N - 1) of a frame that enter it: ascending, and none that was dropped."""
+        everything = tuple(range(tokens_per_frame))
+        some = everything[:: self.config.step]
+        return [everything if layer < num_layers // 2 else some for layer in range(num_layers)]
