@@ -24,8 +24,8 @@ from xcomp.schedule import keep_slots, token_counts
 class LayerOutput:
     """What a data-dependent rule sees after layer ``layer`` (0-based): ``hidden`` (B, S, D) and who is where.
 
-    ``rotary`` has the positions' tables, ``asking`` (B,) is where each sample's prompt ends, the position that the answer is read from; ``entered`` how many
-    visual tokens each brought into the language model.
+    ``rotary`` has the tables of the positions. ``asking`` (B,) is where each sample's prompt ends, the position that
+    the answer is read from; ``entered`` how many visual tokens each brought into the language model.
     """
 
     layer: int

@@ -5,7 +5,9 @@ is a handful of numbers around the same steps; one tensor function driven by tho
 CLIP alike, in batches and on any device.
 
 The resized picture is rounded to whole levels, because Pillow's is. Deviation: Pillow's fixed-point arithmetic is not
-imitated, so about one value in two hundred differs from Pillow by a level (1/255).
+imitated, so about one value in two hundred differs from Pillow by a level (1/255). Rows are resized before columns, as
+Pillow long did; Pillow 13 takes columns first where an upright picture is stretched to a square, and there about one
+value in six differs by a level.
 
 Shape letters: T frames; H, W height and width as read; h, w after resizing and cropping.
 """

@@ -285,6 +285,16 @@ def test_mixed_lengths() -> None:
     assert set(Counter(spec.seconds for spec in specs)) == {0.5, 4.0, 16.0}
 
 
+def test_numbers_of_events_can_differ(tmp_path: Path) -> None:
+    benchmark = needle(tmp_path, event_counts=[1, 2], num_videos=40)
+    specs = benchmark.specs()
+    assert set(Counter(len(spec.events) for spec in specs)) == {1, 2}
+    assert needle(tmp_path, num_videos=40).folder != benchmark.folder
+    for spec in specs[:10]:
+        asked = [question.category for question in benchmark.video_questions(spec)]
+        assert sorted(asked) == sorted(CATEGORIES if len(spec.events) == 2 else ("colour", "where", "what"))
+
+
 # --- Options ----------------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +314,9 @@ def test_mixed_lengths() -> None:
         ({"event_seconds": 0.01}, "event_seconds=0.01"),
         ({"seconds": 3.0}, "2 events of 2.0 s do not fit into a video of 3.0 s"),
         ({"lengths": [8.0, 3.0]}, "do not fit"),
+        ({"event_counts": [1, 5]}, r"event_counts=\[1, 5\] must be integers 1..4"),
+        ({"event_counts": [1], "categories": ["first"]}, "'first' needs two events"),
+        ({"event_counts": [1, 3], "seconds": 5.0}, "3 events of 2.0 s do not fit"),
         ({"categories": ["color"]}, "'color' is not one of colour"),
         ({"categories": ["what", "what"]}, "twice"),
         ({"categories": ["first"], "num_events": 1}, "'first' needs two events"),

@@ -120,7 +120,8 @@ def make_spec(config: Needle.Config, index: int) -> VideoSpec:
     rng = _generator(config, 0, index)
     seconds = float(rng.choice(config.lengths)) if config.lengths else config.seconds
     num_frames = _num_frames(seconds, config.fps)
-    events = _draw_events(rng, config, num_frames)
+    count = int(rng.choice(config.event_counts)) if config.event_counts else config.num_events
+    events = _draw_events(rng, config, num_frames, count)
     scenes = _draw_scenes(rng, config, num_frames)
     return VideoSpec(index, num_frames, config.fps, config.size, scenes, events)
 
@@ -134,9 +135,9 @@ def _num_frames(seconds: float, fps: int) -> int:
     return round(seconds * fps)
 
 
-def _draw_events(rng: np.random.Generator, config: Needle.Config, num_frames: int) -> tuple[Event, ...]:
-    starts, length = _draw_starts(rng, config, num_frames)
-    count, scale = config.num_events, config.size / NATIVE_SIZE
+def _draw_events(rng: np.random.Generator, config: Needle.Config, num_frames: int, count: int) -> tuple[Event, ...]:
+    starts, length = _draw_starts(rng, config, num_frames, count)
+    scale = config.size / NATIVE_SIZE
     values = (rng.permutation(pool)[:count] for pool in (SYMBOLS, list(COLOURS), PLACES))
     events = []
     for symbol, colour, place, start in zip(*values, starts, strict=True):
@@ -149,9 +150,11 @@ def _draw_events(rng: np.random.Generator, config: Needle.Config, num_frames: in
     return tuple(sorted(events, key=lambda event: (event.start, PLACES.index(event.place))))
 
 
-def _draw_starts(rng: np.random.Generator, config: Needle.Config, num_frames: int) -> tuple[list[int], int]:
+def _draw_starts(
+    rng: np.random.Generator, config: Needle.Config, num_frames: int, count: int
+) -> tuple[list[int], int]:
     """First frames of the events, and their length: uniform over all ways to place them without overlap."""
-    count, length = config.num_events, _num_frames(config.event_seconds, config.fps)
+    length = _num_frames(config.event_seconds, config.fps)
     if length >= num_frames:
         return [0] * count, num_frames
     # Ways to place `count` blocks in a row of frames are ways to choose `count` of the free frames and the blocks.
@@ -364,7 +367,8 @@ class Needle(Benchmark):
         seconds: float = 64.0  # length of every video ...
         lengths: list[float] = field(default_factory=list)  # ... or, if given, lengths to draw from for each video
         event_seconds: float = 2.0  # how long an event lasts; as long as the video or longer: events at the same time
-        num_events: int = 2
+        num_events: int = 2  # in every video ...
+        event_counts: list[int] = field(default_factory=list)  # ... or, if given, counts to draw from for each video
         distractors: int = 3  # most distractor shapes in a scene, which has at least one; 0: none at all
         size: int = NATIVE_SIZE  # pixels, even
         fps: int = 8
@@ -386,14 +390,19 @@ class Needle(Benchmark):
             """Whether events fill a video of ``num_frames``, so that none comes before another."""
             return _num_frames(self.event_seconds, self.fps) >= num_frames
 
-        def kinds(self, num_frames: int) -> tuple[str, ...]:
-            """The categories asked of a video of ``num_frames``."""
-            ordered = self.num_events > 1 and not self.simultaneous(num_frames)
-            return tuple(self.categories) or tuple(kind for kind in CATEGORIES if kind != "first" or ordered)
+        @property
+        def counts(self) -> list[int]:
+            """The numbers of events that videos of the set can have."""
+            return self.event_counts or [self.num_events]
 
-        def most_questions(self, num_frames: int) -> int:
-            """How many different questions a video of ``num_frames`` has."""
-            return sum(1 if kind == "first" else self.num_events for kind in self.kinds(num_frames))
+        def kinds(self, num_frames: int, num_events: int) -> tuple[str, ...]:
+            """The categories asked of a video of ``num_frames`` with ``num_events``."""
+            ordered = num_events > 1 and not self.simultaneous(num_frames)
+            return tuple(kind for kind in self.categories or CATEGORIES if kind != "first" or ordered)
+
+        def most_questions(self, num_frames: int, num_events: int) -> int:
+            """How many different questions a video of ``num_frames`` with ``num_events`` has."""
+            return sum(1 if kind == "first" else num_events for kind in self.kinds(num_frames, num_events))
 
     @property
     def folder(self) -> Path:
@@ -402,6 +411,7 @@ class Needle(Benchmark):
         names = ("event_seconds", "num_events", "distractors", "size", "fps", "seed")
         options = {name: float(getattr(config, name)) for name in names}
         options |= {"lengths": config.durations, "version": WORLD_VERSION}
+        options |= {"event_counts": config.event_counts} if config.event_counts else {}
         digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:10]
         return Path(config.root) / f"{config.split}-{digest}"
 
@@ -433,7 +443,7 @@ class Needle(Benchmark):
     def video_questions(self, spec: VideoSpec) -> list[Question]:
         """The questions on one video. A second one of the same category is on another event."""
         rng = _generator(self.config, 1, spec.index)
-        kinds = self.config.kinds(spec.num_frames)
+        kinds = self.config.kinds(spec.num_frames, len(spec.events))
         order = {kind: rng.permutation(len(spec.events)).tolist() for kind in kinds}
         questions = []
         for turn in range(len(spec.events)):
@@ -543,6 +553,9 @@ def _check(config: Needle.Config) -> None:
     for name, value in (("event_seconds", config.event_seconds), *(("seconds", s) for s in config.durations)):
         _require(math.isfinite(value), f"{name}={value} must be a number of seconds")
         _require(_num_frames(value, config.fps) >= 1, f"{name}={value} is less than a frame at {config.fps} fps")
+    low, high = ranges["num_events"]
+    for count in config.counts:
+        _require(low <= count <= high, f"event_counts={config.event_counts} must be integers {low}..{high}")
     for seconds in config.durations:
         _check_length(config, seconds)
 
@@ -550,9 +563,10 @@ def _check(config: Needle.Config) -> None:
 def _check_length(config: Needle.Config, seconds: float) -> None:
     """Refuses videos of ``seconds`` that cannot hold the events or answer the questions asked for."""
     frames, length = (_num_frames(s, config.fps) for s in (seconds, config.event_seconds))
-    fits = length >= frames or config.num_events * length <= frames
-    _require(fits, f"{config.num_events} events of {config.event_seconds} s do not fit into a video of {seconds} s")
-    ordered = config.num_events > 1 and length < frames
+    count = max(config.counts)
+    fits = length >= frames or count * length <= frames
+    _require(fits, f"{count} events of {config.event_seconds} s do not fit into a video of {seconds} s")
+    ordered = count > 1 and length < frames
     _require(ordered or "first" not in config.categories, "category 'first' needs two events, one after the other")
-    asked, most = config.questions_per_video, config.most_questions(frames)
+    asked, most = config.questions_per_video, config.most_questions(frames, count)
     _require(asked is None or 1 <= asked <= most, f"questions_per_video={asked}: a video has 1..{most} questions")
