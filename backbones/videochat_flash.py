@@ -41,7 +41,6 @@ from xcomp.checkpoint import (
     FLOATS,
     check_options,
     check_save_dtype,
-    exact_buffers,
     load_tokenizer,
     local_folder,
     read_json,
@@ -463,11 +462,6 @@ class VideoChatFlash(Backbone):
         """Compute the rotary frequencies anew on the CPU: built on ``meta`` they hold nothing."""
         with torch.device("cpu"):
             self.language_model.rotary_emb = type(self.language_model.rotary_emb)(config=self.text_config)
-
-    def _apply(self, fn, recurse=True):
-        """Moves and casts as any module does, but leaves the rotary frequencies in float32."""
-        with exact_buffers(self.language_model.rotary_emb):
-            return super()._apply(fn, recurse)
 
     # --- weights ------------------------------------------------------------------------------------------------------
 

@@ -207,10 +207,14 @@ def window_attention(
 
     def logits(begin: int, end: int, place: int) -> Tensor:
         """To the keys from ``begin``, the first of which stands at ``place`` in the window."""
-        shift = whole[..., begin : begin + 1] - own[..., place : place + 1] if begin < end else 0
-        cos, sin = backbone.rotary((rows + shift).to(keys.device))
-        turned = rotate(queries, cos, sin).float()
-        return turned @ repeat_heads(keys[:, :, begin:end], queries.shape[1]).float().transpose(-1, -2)
+        shifts = whole[..., begin:end] - own[..., place : place + end - begin]
+        found = queries.new_empty(*queries.shape[:3], end - begin, dtype=torch.float32)
+        # One shift for all, but where times are rounded: there it may differ by one from frame to frame.
+        for shift, same in equal_columns(shifts):
+            cos, sin = backbone.rotary((rows + shift).to(keys.device))
+            part = repeat_heads(keys[:, :, begin:end][:, :, same], queries.shape[1]).float()
+            found[..., same] = rotate(queries, cos, sin).float() @ part.transpose(-1, -2)
+        return found
 
     places = (0, parts.prefix, parts.prefix + width)
     prefix, window, question = (logits(*span, place) for span, place in zip(spans, places))
@@ -219,6 +223,14 @@ def window_attention(
         question = question.masked_fill(later.to(question.device), -math.inf)
     every = torch.cat([prefix, window, question], -1)
     return _mean_probability(every, queries.shape[-1], slice(parts.prefix, parts.prefix + width))
+
+
+def equal_columns(x: Tensor) -> list[tuple[Tensor, slice | Tensor]]:
+    """The distinct columns of ``x`` (…, S) as (…, 1), each with where it stands."""
+    if bool((x == x[..., :1]).all()):
+        return [(x[..., :1], slice(None))] if x.shape[-1] else []
+    values, which = x.unique(dim=-1, return_inverse=True)
+    return [(values[..., i : i + 1], (which == i).nonzero()[:, 0]) for i in range(values.shape[-1])]
 
 
 def global_attention(backbone, seen: Observation, parts: Parts, *, causal: bool = False) -> Tensor:

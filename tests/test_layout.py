@@ -140,3 +140,11 @@ def test_gather(samples):
     index = torch.randint(0, 7, (samples, 4))
     expected = torch.stack([torch.stack([hidden[b, i] for i in index[b].tolist()]) for b in range(samples)])
     assert torch.equal(gather(hidden, index), expected)
+
+
+def test_the_tokens_that_a_frame_entered_with_are_kept():
+    layout = TokenLayout.sequence([(2, 3, 5, 1), (1, 1, 5, 4)])
+    assert layout.frame_tokens == 5 and TokenLayout.text([3]).frame_tokens == 0
+    kept = layout.select(layout.keep_slots([4], 5))[1]
+    grown = kept.append(TokenLayout.text([1, 1]))
+    assert {part.frame_tokens for part in (kept, grown, grown.repeat(2), layout.window([(0, 4)]))} == {5}

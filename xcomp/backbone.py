@@ -11,6 +11,8 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +55,17 @@ def check_device(name: str) -> None:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def exact_frequencies(module: nn.Module) -> Iterator[None]:
+    """Moves inside reach the module's rotary frequencies, casts do not: in half precision they are wrong."""
+    exact = {name: buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq")}
+    yield
+    for name, buffer in exact.items():
+        owner, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner)
+        setattr(owner, leaf, buffer.to(getattr(owner, leaf).device))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -142,6 +155,11 @@ class Backbone(nn.Module):
         """What tuning can train or freeze: the modules of ``vision``, ``projector`` and ``llm``."""
         raise NotImplementedError(f"{type(self).__name__} must define parts()")
 
+    def _apply(self, fn, recurse=True):
+        """Moves and casts as any module does, but leaves rotary frequencies in float32."""
+        with exact_frequencies(self):
+            return super()._apply(fn, recurse)
+
     # --- the language model, opened up ----------------------------------------------------------------------------
 
     @property
@@ -173,7 +191,7 @@ class Backbone(nn.Module):
         """Positions at a layer whose tokens ``layout`` describes: (1 or B, S) long on the CPU; padding's are anything.
 
         Here the running count, as in the Llama family: where tokens left, the rest is counted anew. A model whose
-        tokens keep their places on several axes computes (axes, B, S) from ``layout.frame`` and ``layout.slot``; they
+        tokens keep their places on several axes computes (axes, B, S) from ``layout.frame`` and ``layout.slot``: they
         say the same of a token at every layer.
         """
         if layout.gaps:

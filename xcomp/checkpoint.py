@@ -1,4 +1,4 @@
-"""What backbones that read checkpoints share: their options, folders and weight files, and the tokenizer.
+"""What backbones that read checkpoints share: options, folders, weight files, models of transformers, tokenizers.
 
 Everything a user can get wrong is a one-line ``ValueError`` that names the file, what is wrong with it and the way out.
 """
@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
+from transformers.utils import logging
 
 from xcomp.backbone import check_device
 
@@ -174,13 +175,156 @@ def refuse_tensors(folder: Path, wrong: list[str]) -> None:
         raise ValueError(f"'{folder}': {len(wrong)} tensors do not fit its config.json: {'; '.join(wrong[:20])}{more}")
 
 
+# --- models of transformers -------------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path, needed: str) -> dict[str, Any]:
+    """config.json of a checkpoint folder; ``needed`` says in words of what model it should be."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"'{folder}' holds no config.json; a checkpoint of {needed} is needed")
+    return read_json(path)
+
+
+def transformers_config(content: dict[str, Any], where: str, kinds: Iterable[str], example: str) -> PreTrainedConfig:
+    """config.json's content as ``transformers`` has it, of one of the model types ``kinds``."""
+    kind = content.get("model_type")
+    if kind not in kinds:
+        raise ValueError(
+            f"{where} describes model_type '{kind}'; needed: {' or '.join(map(repr, kinds))} "
+            f"(folders in transformers' format, like {example})"
+        )
+    try:
+        config = AutoConfig.for_model(**content)
+    except Exception as error:  # transformers raises what its many checks raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{where} is no configuration of '{kind}': {reason}") from error
+    text = config.text_config
+    window = getattr(text, "sliding_window", None)
+    if window is not None and window < text.max_position_embeddings:
+        raise ValueError(
+            f"{where}: the language model looks back {window} tokens only (sliding_window), and tokens that are "
+            "dropped between layers need full attention; set text_config.sliding_window to null"
+        )
+    return config
+
+
+def build_model(model_class: Any, folder: Path | None, found: PreTrainedConfig, options: Any) -> nn.Module:
+    """A model of ``transformers`` on its device, from a folder or (None) with random weights.
+
+    ``options`` is the backbone's ``Config`` (dtype, device, attn_implementation). ValueError unless every tensor of the
+    folder has its place in the model and every place its tensor.
+    """
+    dtype = DTYPES[options.dtype]
+    attention = resolve_attention(options.attn_implementation, options.device, dtype)
+    settings = {"dtype": dtype, "attn_implementation": attention}
+    if folder is None:
+        return AutoModelForImageTextToText.from_config(found, **settings).to(options.device)
+    stored = stored_tensors(weight_files(folder))
+    refuse_tensors(folder, [f"{name} is {dtype}, should be floating-point" for name, (_, _, dtype) in stored.items()
+                            if dtype not in FLOATS])  # fmt: skip
+    with _quiet():
+        model, info = model_class.from_pretrained(
+            folder,
+            config=found,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are reported below, all at once
+            output_loading_info=True,
+            **settings,
+        )
+    wrong = [f"missing {name}" for name in sorted(info["missing_keys"])]
+    wrong += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
+    for name, have, want in sorted(info["mismatched_keys"]):
+        wrong.append(f"{name} is {list(have)}, should be {list(want)}")
+    refuse_tensors(folder, wrong)
+    return model.to(options.device)
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | Path,
+    dtype: str | None,
+    *,
+    numbers: dict[str, Any],
+    tokenizer: Any,
+    source: Path | None,
+    more: dict[str, Any] | None = None,
+) -> None:
+    """Write a model of ``transformers`` in its own format, in ``dtype`` (default: the model's own).
+
+    Beside it go the processor's ``numbers``, the tokenizer, and from the folder ``source`` what it was read from; what
+    ``more`` holds is added to config.json. An existing folder is replaced only once everything is written.
+    """
+    check_save_dtype(dtype)
+    wanted = DTYPES[dtype] if dtype else model.dtype
+    with whole_folder(folder) as fresh:
+        weights = {name: tensor.detach().to("cpu", wanted) for name, tensor in model.state_dict().items()}
+        model.save_pretrained(fresh, state_dict=weights, max_shard_size="5GB")
+        for path in fresh.glob("*.safetensors"):
+            path.chmod(0o644)  # safetensors leaves it to the owner alone
+        _finish_config(fresh / "config.json", str(wanted).removeprefix("torch."), more or {})
+        write_json(fresh / "video_preprocessor_config.json", numbers)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        for name in ("preprocessor_config.json", "processor_config.json"):  # for transformers' own processor
+            if source is not None and (source / name).is_file():
+                shutil.copyfile(source / name, fresh / name)
+
+
+def _finish_config(path: Path, dtype: str, more: dict[str, Any]) -> None:
+    content = read_json(path) | more
+    for part in (content, content["text_config"], content["vision_config"]):
+        part["dtype"] = dtype
+    write_json(path, content)
+
+
+def end_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's end token, then what the generation configuration adds."""
+    more = model.generation_config.eos_token_id
+    more = [] if more is None else more if isinstance(more, list) else [more]
+    own = [] if tokenizer is None else [tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(i for i in [*own, *more] if i is not None))
+
+
 @contextmanager
-def exact_buffers(module: nn.Module) -> Iterator[None]:
-    """Moves inside reach the module's buffers, casts do not: rotary frequencies are wrong in half precision."""
-    exact = dict(module.named_buffers())
-    yield
-    for name, buffer in exact.items():
-        setattr(module, name, buffer.to(getattr(module, name).device))
+def _quiet() -> Iterator[None]:
+    """No table of tensors in the log: those that do not fit are an error."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+# --- the numbers of a processor ---------------------------------------------------------------------------------------
+
+
+def processor_numbers(folder: Path | None, default: dict[str, Any]) -> dict[str, Any]:
+    """A processor's file of a checkpoint folder, looked for as ``transformers`` does, else ``default``."""
+    for name in ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json"):
+        if folder is not None and (folder / name).is_file():
+            numbers = read_json(folder / name)
+            numbers = numbers.get("video_processor") if name == "processor_config.json" else numbers
+            if numbers is not None:
+                return numbers
+    return default
+
+
+def pixel_numbers(numbers: dict[str, Any]) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
+    """(resample, mean, std) for :func:`xcomp.pixels.preprocess_frames`; CLIP's where the processor names none."""
+    numbers = {name: value for name, value in numbers.items() if value is not None}
+    resample = {2: "bilinear", 3: "bicubic"}.get(numbers.get("resample", 3))
+    if resample is None:
+        raise ValueError(f"the processor's resample is {numbers['resample']}; it must be 2 (bilinear) or 3 (bicubic)")
+    mean = numbers.get("image_mean", (0.48145466, 0.4578275, 0.40821073))
+    std = numbers.get("image_std", (0.26862954, 0.26130258, 0.27577711))
+    if not numbers.get("do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    factor = numbers.get("rescale_factor", 1 / 255) if numbers.get("do_rescale", True) else 1.0
+    mean, std = (tuple(value / (255 * factor) for value in values) for values in (mean, std))
+    return resample, mean, std
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------

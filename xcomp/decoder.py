@@ -158,7 +158,7 @@ class Decoder:
     def decode(self, state: State, token_ids: Any) -> Tensor:
         """One step: a token a sample, (B,) or (B, 1) → logits (B, V). The state grows in place."""
         ids = torch.as_tensor(token_ids, device=self.backbone.device).reshape(-1, 1)
-        self._append(self.backbone.embed(ids), TokenLayout.text([1] * len(ids), written=True), state)
+        self._append(self.backbone.embed(ids), TokenLayout.text([1] * len(ids)), state)
         return state.logits
 
     @torch.no_grad()
@@ -211,10 +211,11 @@ class Decoder:
         limit = self.backbone.text_config.max_position_embeddings
         for count, video in zip(layout.counts.tolist(), videos):
             if count > limit:
-                frames, width = video.shape[:2]
-                fits = max(0, (limit - count + frames * width) // width)
-                raise ValueError(f"{frames} frames make a sequence of {count} tokens, but the language model takes "
-                                 f"{limit}; at most {fits} frames fit")
+                groups, width = video.shape[:2]
+                merged = self.backbone.merged_frames
+                fits = max(0, (limit - count + groups * width) // width) * merged
+                raise ValueError(f"{groups * merged} frames make a sequence of {count} tokens, but the language model "
+                                 f"takes {limit}; at most {fits} frames fit")
 
     def _run(
         self,

@@ -15,23 +15,22 @@ import torch
 from torch import Tensor
 
 TEXT = -1  # frame and slot of text
-WRITTEN = -2  # slot of text that the model wrote itself
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """``frame`` and ``slot`` (B, S) long, both −1 for text (``slot`` −2 for text that the model wrote); ``real`` (B, S)
-    bool, False for padding."""
+    """``frame`` and ``slot`` (B, S) long, both −1 for text; ``real`` (B, S) bool, False for padding; ``frame_tokens``
+    tokens a frame had when it entered the language model (0: no frames)."""
 
     frame: Tensor
     slot: Tensor
     real: Tensor
+    frame_tokens: int = 0
 
     @classmethod
-    def text(cls, lengths: Sequence[int], *, written: bool = False) -> TokenLayout:
-        """Text of the given lengths, padded to the longest; ``written`` by the model itself or given to it."""
-        layout = cls.sequence([(n, 0, 0, 0) for n in lengths])
-        return cls(layout.frame, torch.full_like(layout.slot, WRITTEN), layout.real) if written else layout
+    def text(cls, lengths: Sequence[int]) -> TokenLayout:
+        """Text of the given lengths, padded to the longest."""
+        return cls.sequence([(n, 0, 0, 0) for n in lengths])
 
     @classmethod
     def sequence(cls, parts: Sequence[tuple[int, int, int, int]]) -> TokenLayout:
@@ -45,7 +44,7 @@ class TokenLayout:
             frame[row, video] = torch.arange(frames).repeat_interleave(tokens)
             slot[row, video] = torch.arange(tokens).repeat(frames)
             real[row, : prefix + frames * tokens + suffix] = True
-        return cls(frame, slot, real)
+        return cls(frame, slot, real, max((tokens for _, _, tokens, _ in parts), default=0))
 
     @property
     def visual(self) -> Tensor:
@@ -99,7 +98,7 @@ class TokenLayout:
         real = torch.arange(width) < counts.unsqueeze(1)
         frame = self.frame.gather(1, index).masked_fill(~real, TEXT)
         slot = self.slot.gather(1, index).masked_fill(~real, TEXT)
-        return index, TokenLayout(frame, slot, real)
+        return index, TokenLayout(frame, slot, real, self.frame_tokens)
 
     def window(self, spans: Sequence[tuple[int, int]]) -> TokenLayout:
         """The positions of some spans (first, past the last) alone, frames counted from the first that is there."""
@@ -108,16 +107,17 @@ class TokenLayout:
         )
         visual = frame != TEXT
         first = frame.masked_fill(~visual, torch.iinfo(frame.dtype).max).amin(1, keepdim=True)
-        return TokenLayout(torch.where(visual, frame - first, frame), slot, real)
+        return TokenLayout(torch.where(visual, frame - first, frame), slot, real, self.frame_tokens)
 
     def append(self, other: TokenLayout) -> TokenLayout:
         """This layout followed by another, as a cache grows; padding may then lie between them."""
         joined = [torch.cat([getattr(self, k), getattr(other, k)], 1) for k in ("frame", "slot", "real")]
-        return TokenLayout(*joined)
+        return TokenLayout(*joined, max(self.frame_tokens, other.frame_tokens))
 
     def repeat(self, times: int) -> TokenLayout:
         """Every sample ``times`` in a row."""
-        return TokenLayout(*(getattr(self, k).repeat_interleave(times, 0) for k in ("frame", "slot", "real")))
+        repeated = (getattr(self, k).repeat_interleave(times, 0) for k in ("frame", "slot", "real"))
+        return TokenLayout(*repeated, self.frame_tokens)
 
     def causal_mask(self, rows: Tensor) -> Tensor | None:
         """Keys that the queries at indices ``rows`` (B, R) may see: (B, 1, R, S) bool, or None if all see all."""

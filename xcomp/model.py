@@ -225,11 +225,11 @@ class VideoQA(L.LightningModule):
 
     def _encode(self, pixels: list[Tensor]) -> list[Tensor]:
         """Tokens of several videos in one pass of the vision path: clips never interact before the LLM."""
-        frames = [len(p) for p in pixels]
+        groups = [len(p) // self.backbone.merged_frames for p in pixels]
         tokens = self.backbone.encode(torch.cat(pixels))
-        shape = (sum(frames), self.backbone.tokens_per_frame, self.backbone.text_config.hidden_size)
+        shape = (sum(groups), self.backbone.tokens_per_frame, self.backbone.text_config.hidden_size)
         check_encoded(name_of("backbone", self.backbone), tokens, shape)
-        return list(tokens.split(frames))
+        return list(tokens.split(groups))
 
     def _macs(self, tokens_per_layer: list[int], prompt: Prompt) -> int:
         shape = LLMShape.from_config(self.backbone.text_config)

@@ -38,6 +38,7 @@ from xcomp.contract import (
 )
 from xcomp.data.records import parse_record
 from xcomp.decoder import Decoder
+from xcomp.layout import TokenLayout
 from xcomp.registry import make_config
 from xcomp.tiny import tiny_backbone
 
@@ -87,7 +88,8 @@ def check_backbone(plugin: Any, **options: Any) -> None:
         prompts = _check_prompts(watch, backbone)
         with watch.guard("the language model, opened up,"):
             _check_language_model(watch, backbone, tokens, prompts[0])
-            _check_passes(watch, backbone, Compressor(None), [tokens, tokens[: backbone.clip_frames]], prompts)
+            videos = [tokens, tokens[: backbone.clip_frames // backbone.merged_frames]]
+            _check_passes(watch, backbone, Compressor(None), videos, prompts)
         _check_saving(watch, backbone, pixels, tokens)
     _check_parts(watch, backbone, pixels, prompts[0])
 
@@ -96,18 +98,21 @@ def _check_vision(watch: Watch, backbone: Backbone) -> tuple[Tensor, Tensor]:
     for name in ("tokens_per_frame", "clip_frames"):
         value = getattr(backbone, name, None)
         watch.require(isinstance(value, int) and value >= 1, f"{name} must be a whole number from 1, not {value}")
+    clip, merged = backbone.clip_frames, backbone.merged_frames
+    clause = f"merged_frames must be a whole number from 1 that divides clip_frames {clip}, not {merged}"
+    watch.require(isinstance(merged, int) and merged >= 1 and clip % merged == 0, clause)
     stats = [*getattr(backbone, "pixel_mean", ()), *getattr(backbone, "pixel_std", ())]
     watch.require(len(stats) == 6 and min(stats[3:]) > 0, "pixel_mean and pixel_std must be 3 numbers each, std > 0")
-    clip, width = backbone.clip_frames, backbone.text_config.hidden_size
+    groups, width = clip // merged, backbone.text_config.hidden_size
     frames = _frames(2 * clip)
     pixels = watch.call("preprocess", frames)
     check_pixels(watch.who, pixels, 2 * clip)
     watch.require_close(backbone.preprocess(frames[-1:]), pixels[-1:], "preprocess() must take each frame on its own")
-    tokens, expected = watch.call("encode", pixels), (2 * clip, backbone.tokens_per_frame, width)
+    tokens, expected = watch.call("encode", pixels), (2 * groups, backbone.tokens_per_frame, width)
     check_encoded(watch.who, tokens, expected)
     right = tokens.dtype == backbone.dtype and bool(tokens.isfinite().all())
     watch.require(right, f"encode() must return finite {backbone.dtype}, as the language model's, not {tokens.dtype}")
-    watch.require_close(backbone.encode(pixels[clip:]), tokens[clip:], "encode() must take each clip on its own")
+    watch.require_close(backbone.encode(pixels[clip:]), tokens[groups:], "encode() must take each clip on its own")
     return pixels, tokens
 
 
@@ -128,7 +133,12 @@ def _check_prompts(watch: Watch, backbone: Backbone) -> list[Prompt]:
 
 def _check_language_model(watch: Watch, backbone: Backbone, tokens: Tensor, prompt: Prompt) -> None:
     embedded = [backbone.embed(prompt.prefix_ids), tokens.flatten(0, 1), backbone.embed(prompt.suffix_ids)]
-    hidden = backbone.language_model(inputs_embeds=torch.cat(embedded)[None], use_cache=False).last_hidden_state
+    layout = TokenLayout.sequence([(len(prompt.prefix_ids), *tokens.shape[:2], len(prompt.suffix_ids))])
+    hidden = backbone.language_model(
+        inputs_embeds=torch.cat(embedded)[None],
+        position_ids=backbone.positions(layout).to(backbone.device),
+        use_cache=False,
+    ).last_hidden_state
     ours = Decoder(backbone).prefill(tokens, prompt.prefix_ids, prompt.suffix_ids).logits
     clause = "the opened-up layers must compute what the model's own forward does"
     watch.require_close(ours, backbone.lm_head(hidden[:, -1]), clause)

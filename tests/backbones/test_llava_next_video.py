@@ -201,7 +201,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     model, target = build(), tmp_path / "m"
     model.save_pretrained(target)
     before = (target / "model.safetensors").read_bytes()
-    monkeypatch.setattr(model, "_write_config", lambda *_: 1 / 0)
+    monkeypatch.setattr("xcomp.checkpoint._finish_config", lambda *_: 1 / 0)
     model.lm_head.weight.data.zero_()
     with pytest.raises(ZeroDivisionError):
         model.save_pretrained(target)

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tiny_llava
+import tiny_qwen
 from conftest import ARCHITECTURE
 from tiny_clip import save_tiny_clip
-from tiny_llava import architecture as llava_architecture
-from tiny_llava import save_tokenizer
 
 from xcomp.registry import plugins
+
+TINY = {"llava_next_video": (tiny_llava, {}), "qwen2_5_vl": (tiny_qwen, tiny_qwen.SIZE)}
 
 
 def names_of(kind: str) -> list[str]:
@@ -21,11 +23,16 @@ def names_of(kind: str) -> list[str]:
     return found
 
 
-def backbone_options(name: str, tokenizer: Path) -> dict[str, Any]:
+def backbone_options(name: str, tokenizer: Path, layers: int = 2) -> dict[str, Any]:
     """``tokenizer`` is the folder of one of Qwen2's form; backbones that need a video's placeholder make their own."""
-    if name == "llava_next_video":
-        return {"architecture": llava_architecture(), "tokenizer": save_tokenizer(tokenizer.with_name("vicuna"))}
-    return {"videochat_flash": {"architecture": ARCHITECTURE, "tokenizer": str(tokenizer)}}.get(name, {})
+    if name == "videochat_flash":
+        return {"architecture": ARCHITECTURE | {"num_hidden_layers": layers}, "tokenizer": str(tokenizer)}
+    if name not in TINY:
+        return {}
+    module, more = TINY[name]
+    architecture = module.architecture()
+    architecture["text_config"]["num_hidden_layers"] = layers
+    return {"architecture": architecture, "tokenizer": module.save_tokenizer(tokenizer.with_name(name)), **more}
 
 
 def selector_options(name: str, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""Every registered backbone with every compressor and every selector, on a short and a longer video."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contracts.plugin_options import backbone_options, names_of, selector_options
+
+import xcomp
+from xcomp.backbone import ShownVideo
+from xcomp.contract import check_chosen, check_scores
+
+QUESTION = "Which symbol appears first, after the red one? (A) cross (B) ring"
+CLIPS = (2, 5)  # a video's length in clips of the backbone
+
+
+@pytest.fixture(scope="module")
+def backbones(tiny_tokenizer):
+    torch.manual_seed(0)
+    options = {name: backbone_options(name, tiny_tokenizer, layers=4) for name in names_of("backbone")}
+    return {name: xcomp.load_backbone(name, **options[name]).eval() for name in options}
+
+
+@pytest.fixture(scope="module")
+def videos(backbones):
+    """Pixels of a short and a longer video, for each backbone."""
+    noise = torch.Generator().manual_seed(0)
+
+    def pixels(backbone, clips):
+        frames = torch.randint(0, 256, (clips * backbone.clip_frames, 40, 56, 3), dtype=torch.uint8, generator=noise)
+        return backbone.preprocess(frames)
+
+    return {name: [pixels(backbone, clips) for clips in CLIPS] for name, backbone in backbones.items()}
+
+
+@pytest.fixture(scope="module")
+def selectors(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("selectors")
+    return {name: xcomp.load_selector(name, **selector_options(name, folder)) for name in names_of("selector")}
+
+
+@pytest.mark.parametrize("compressor", names_of("compressor"))
+@pytest.mark.parametrize("backbone", names_of("backbone"))
+@torch.no_grad()
+def test_every_backbone_answers_under_every_compressor(backbone, compressor, backbones, videos):
+    """Alone, as a batch, and from a stored video where the rule does not need the question."""
+    model, rule = backbones[backbone], xcomp.load_compressor(compressor)
+    decoder, tokens = xcomp.Decoder(model, rule), [model.encode(pixels) for pixels in videos[backbone]]
+    prompts = [model.prompt(text, ShownVideo(4.0, len(pixels))) for text, pixels in zip(("Why?", QUESTION), tokens)]
+    before, after = [p.prefix_ids for p in prompts], [p.suffix_ids for p in prompts]
+    batch = decoder.prefill(tokens, before, after)
+    for row, sample in enumerate(zip(tokens, before, after)):
+        alone = decoder.prefill(*sample)
+        counts = alone.tokens_per_layer
+        assert len(counts) == model.num_layers and all(a >= b >= 1 for a, b in zip(counts, counts[1:]))
+        assert counts == [of_layer[row] for of_layer in batch.tokens_per_layer]
+        torch.testing.assert_close(batch.logits[row], alone.logits[0], atol=1e-4, rtol=1e-4)
+        if rule.plan(model.num_layers, rule.before_llm(tokens[row]).shape[1]) is not None:
+            stored = decoder.extend(decoder.prefill_video(*sample[:2]), sample[2])
+            torch.testing.assert_close(stored.logits, alone.logits, atol=1e-4, rtol=1e-4)
+        assert len(decoder.generate(alone, max_new_tokens=2)) == 1
+
+
+@pytest.mark.parametrize("selector", names_of("selector"))
+@pytest.mark.parametrize("compressor", names_of("compressor"))
+@pytest.mark.parametrize("backbone", names_of("backbone"))
+@torch.no_grad()
+def test_every_selector_picks_frames_for_every_pair(backbone, compressor, selector, backbones, videos, selectors):
+    model, rule, chooser = backbones[backbone], xcomp.load_compressor(compressor), selectors[selector]
+    for pixels in videos[backbone]:
+        scores = torch.zeros(len(pixels))
+        if chooser.uses_video:
+            prompt = model.prompt(QUESTION, ShownVideo(4.0, len(pixels)))
+            parts = (prompt.prefix_ids, prompt.question_ids, prompt.header_ids)
+            scores = chooser.score_frames(model, pixels, *parts, compressor=rule, question=QUESTION)
+            check_scores(selector, scores, len(pixels))
+        chosen = chooser.select(scores, model.clip_frames)
+        check_chosen(selector, chosen, len(pixels), model.clip_frames)
+        assert len(model.encode(pixels[chosen])) == model.clip_frames // model.merged_frames
