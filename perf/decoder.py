@@ -31,7 +31,7 @@ TOKENS = 16  # a frame
 PREFIX, SUFFIX = 14, 120  # text tokens before and after the video
 TABLE_E = {1024: 0.12, 2048: 0.25, 4096: 0.66}
 SIZES = {
-    "narrow": dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=28, num_attention_heads=4,
+    "narrow": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=28, num_attention_heads=2,
                    num_key_value_heads=1, vocab_size=1000),
     "qwen2-1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                        num_key_value_heads=2, vocab_size=151936),
@@ -108,10 +108,15 @@ def macs(backbone: Backbone, variant: str, frames: int) -> int:
     name, drop_early = VARIANTS[variant]
     plan = xcomp.load_compressor(name).plan(backbone.num_layers, TOKENS)
     kept = [frames * len(slots) for slots in plan]
-    computed = kept if drop_early == "off" else [*kept[1:], 0]
     shape = LLMShape.from_config(backbone.text_config)
     options = dict(causal=True, num_frames=frames, prefix_tokens=PREFIX)
-    return prefill_cost(shape, kept, PREFIX + SUFFIX, computed_per_layer=computed, **options).macs
+    everything = prefill_cost(shape, kept, PREFIX + SUFFIX, **options).macs
+    if drop_early == "query":
+        return prefill_cost(shape, kept, PREFIX + SUFFIX, computed_per_layer=[*kept[1:], 0], **options).macs
+    if drop_early == "output":  # attention is computed for all, its projection and the MLP for those that stay
+        row = shape.hidden * (shape.query_width + 3 * shape.intermediate)
+        return everything - (kept[0] - kept[-1]) * row
+    return everything
 
 
 def measure_prefill(options: dict[str, str], frames: int, repeats: int, where: dict[str, Any]) -> list[dict[str, Any]]:

@@ -58,8 +58,11 @@ def wait(device: str) -> None:
 
 
 def side_by_side(runs: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each of several runs, taken in turns so that a machine's drift meets all alike; one warm-up each."""
-    for run in runs.values():
+    """Seconds of each of several runs, taken in turns so that a machine's drift meets all alike.
+
+    One warm-up each, but for a single repeat: that is for runs of minutes, which need none.
+    """
+    for run in runs.values() if repeats > 1 else ():
         run()
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
@@ -98,9 +101,12 @@ def _growth(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...
 
 
 def write(name: str, rows: Sequence[dict[str, Any]]) -> Path:
-    """Rows to ``perf/results/<name>-<date>.csv``; columns that a row lacks stay empty."""
+    """Rows to ``perf/results/<name>-<date>.csv``, behind the day's earlier ones; what a row lacks stays empty."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{datetime.date.today().isoformat()}.csv"
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [*csv.DictReader(file), *rows]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
