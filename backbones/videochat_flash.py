@@ -403,7 +403,8 @@ class VideoChatFlash(Backbone):
         """``checkpoint`` is a folder or hub id; ``architecture``, a config.json's content, means random weights.
 
         ``tokenizer`` is a folder (default: the checkpoint's); ``clip_frames`` the frames encoded together (default:
-        the checkpoint's); ``clip_batch`` the clips in one pass of the vision tower, which bounds its memory.
+        the checkpoint's); ``clip_batch`` the clips in one pass of the vision tower, which bounds its memory
+        (default: 2 on a CPU, where more were slower, else 8).
         """
 
         checkpoint: str | None = None
@@ -413,7 +414,7 @@ class VideoChatFlash(Backbone):
         dtype: str = "float32"
         device: str = "cpu"
         attn_implementation: str = "auto"
-        clip_batch: int = 8
+        clip_batch: int | None = None
 
     def __init__(self, config: Config):
         super().__init__()
@@ -560,8 +561,9 @@ class VideoChatFlash(Backbone):
     def _encode(self, pixels: Tensor, clip_frames: int) -> Tensor:
         self._check_pixels(pixels, clip_frames)
         weight = self.vision_tower.patch_embed.proj.weight
+        clip_batch = self.config.clip_batch or (2 if weight.device.type == "cpu" else 8)
         tokens = []
-        for clips in pixels.unflatten(0, (-1, clip_frames)).split(self.config.clip_batch):
+        for clips in pixels.unflatten(0, (-1, clip_frames)).split(clip_batch):
             features = self.vision_tower(clips.to(weight.device, weight.dtype))
             tokens.append(self.projector(features, clip_frames))
         return torch.cat(tokens).reshape(len(pixels), self.tokens_per_frame, -1)

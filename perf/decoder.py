@@ -33,6 +33,8 @@ TABLE_E = {1024: 0.12, 2048: 0.25, 4096: 0.66}
 SIZES = {
     "narrow": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=28, num_attention_heads=2,
                    num_key_value_heads=1, vocab_size=1000),
+    "medium": dict(hidden_size=512, intermediate_size=2816, num_hidden_layers=28, num_attention_heads=8,
+                   num_key_value_heads=2, vocab_size=1000),
     "qwen2-1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                        num_key_value_heads=2, vocab_size=151936),
 }  # fmt: skip
@@ -119,11 +121,13 @@ def macs(backbone: Backbone, variant: str, frames: int) -> int:
     return everything
 
 
-def measure_prefill(options: dict[str, str], frames: int, repeats: int, where: dict[str, Any]) -> list[dict[str, Any]]:
+def measure_prefill(
+    options: dict[str, str], frames: int, repeats: int, where: dict[str, Any], variants: list[str], memory: bool
+) -> list[dict[str, Any]]:
     device, backbone = options["device"], LanguageModel(LanguageModel.Config(**options)).eval()
     inputs = video(backbone, frames)
     taken = side_by_side(
-        {variant: partial(prefill, _decoder(backbone, variant), inputs) for variant in VARIANTS}, repeats, device
+        {variant: partial(prefill, _decoder(backbone, variant), inputs) for variant in variants}, repeats, device
     )
     del inputs
     rows, base = [], None
@@ -132,11 +136,12 @@ def measure_prefill(options: dict[str, str], frames: int, repeats: int, where: d
         base = base or row["seconds_median"]
         row["of_uncompressed"] = round(row["seconds_median"] / base, 4)
         row["gigamacs"] = round(macs(backbone, variant, frames) / 1e9, 2)
-        row["peak_megabytes"] = round(peak_megabytes(prepare_prefill, options, variant, frames, device=device), 1)
+        if memory:
+            row["peak_megabytes"] = round(peak_megabytes(prepare_prefill, options, variant, frames, device=device), 1)
         rows.append(row)
         paper = f"   Table E: {TABLE_E[frames]} s" if "cuda" in device and frames in TABLE_E else ""
         print(f"{frames:>5} frames  {variant:<28} {row['seconds_median']:9.3f} s  {row['of_uncompressed']:.3f}  "
-              f"{row['gigamacs']:>10} GMAC  {row['peak_megabytes']:>8} MB{paper}", flush=True)  # fmt: skip
+              f"{row['gigamacs']:>10} GMAC  {row.get('peak_megabytes', '–'):>8} MB{paper}", flush=True)  # fmt: skip
     return rows
 
 
@@ -182,6 +187,8 @@ def main() -> None:
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager", "flash_attention_2"])
     parser.add_argument("--frames", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--only-prefill", action="store_true", help="seconds of prefills alone, no memory")
     parser.add_argument("--tuning-frames", type=int, default=512)
     given, on_cpu = parser.parse_args(), "cpu" in parser.parse_args().device
     options = {
@@ -193,9 +200,10 @@ def main() -> None:
     where = about(given.device) | options
     rows = []
     for frames in given.frames:
-        rows += measure_prefill(options, frames, given.repeats, where)
-    rows += measure_extend(options, 576, max(given.repeats, 5), where)
-    rows += measure_tuning(options, given.tuning_frames, where)
+        rows += measure_prefill(options, frames, given.repeats, where, given.variants, not given.only_prefill)
+    if not given.only_prefill:
+        rows += measure_extend(options, 576, max(given.repeats, 5), where)
+        rows += measure_tuning(options, given.tuning_frames, where)
     write(f"decoder-{'cpu' if on_cpu else 'cuda'}", rows)
 
 
