@@ -155,6 +155,22 @@ def test_gradients_equal_masking_reference(make_backbone, drop_early, checkpoint
     assert max(relative_error(ours[k], theirs[k]) for k in ours if theirs[k].abs().max() > 1e-8) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["lp_comp", "lp_comp steps", "uniform_drop"])
+def test_dropping_early_changes_neither_logits_nor_gradients(make_backbone, name):
+    backbone = make_backbone().train()
+    pixels, found = torch.rand(6, 3, 2, 2), {}
+    for drop_early in ("off", "output", "query"):
+        backbone.zero_grad()
+        decoder = Decoder(backbone, compressor(name), drop_early=drop_early)
+        logits = decoder.logits(backbone.encode(pixels), PREFIX, SUFFIX, [3])
+        torch.nn.functional.cross_entropy(logits, torch.tensor([1, 2, 3])).backward()
+        found[drop_early] = {k: p.grad.clone() for k, p in backbone.named_parameters()} | {"logits": logits.detach()}
+    for drop_early in ("output", "query"):
+        for key, value in found["off"].items():
+            if value.abs().max() > 1e-8:  # the keys' biases have no effect, and rounding for a gradient
+                assert relative_error(found[drop_early][key], value) < 1e-5, key
+
+
 def test_logits_of_a_batch_are_packed(make_backbone):
     backbone = make_backbone()
     decoder = Decoder(backbone, compressor("lp_comp"))

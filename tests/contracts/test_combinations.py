@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from contracts.plugin_options import backbone_options, names_of, selector_options
 
 import xcomp
 from xcomp.backbone import ShownVideo
+from xcomp.compare.runner import compare
+from xcomp.config import parse_config
 from xcomp.contract import check_chosen, check_scores
 
 QUESTION = "Which symbol appears first, after the red one? (A) cross (B) ring"
@@ -77,3 +81,26 @@ def test_every_selector_picks_frames_for_every_pair(backbone, compressor, select
         chosen = chooser.select(scores, model.clip_frames)
         check_chosen(selector, chosen, len(pixels), model.clip_frames)
         assert len(model.encode(pixels[chosen])) == model.clip_frames // model.merged_frames
+
+
+@pytest.mark.parametrize("backbone", names_of("backbone"))
+def test_one_yaml_compares_on_every_backbone(backbone, backbones, tiny_tokenizer, needle_videos, tmp_path):
+    """A checkpoint folder of each, and a configuration in which nothing but the backbone's line differs."""
+    backbones[backbone].save_pretrained(str(tmp_path / "model"))
+    node = {"name": backbone, "checkpoint": str(tmp_path / "model")}
+    run = {
+        "name": "run",
+        "output": str(tmp_path),
+        "backbone": node,
+        "benchmark": {"name": "needle", **needle_videos},
+        "sampling": {"rate": 2, "min_frames": 8, "max_frames": 16},
+        "generation": {"max_new_tokens": 2},
+        "limit": 2,
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+        "arms": [{"compressor": name, "frames": 4} for name in names_of("compressor")],
+    }
+    run["arms"].append({"compressor": "lp_comp", "selector": {"name": "qc_comp", "query_bias": 1}, "frames": 4})
+    folder = compare(parse_config(run, "run"))
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * len(run["arms"]) and not any(record["error"] for record in records)
+    assert all(len(record["frames"]) == 4 for record in records)
