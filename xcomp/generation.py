@@ -1,12 +1,13 @@
 """Words from a prompt that has been run: transformers' own generation loop over a decoder's state.
 
 Greedy search, sampling, beam search, stopping criteria, logits processors and streamers are those of
-``transformers.GenerationMixin``; here is only what that loop needs of a model.
+``transformers.GenerationMixin``; here is only what that loop needs of a model. The decoder
+(:class:`xcomp.decoder.Decoder`) and its state are handed in.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +15,13 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-if TYPE_CHECKING:
-    from xcomp.decoder import Decoder, State
-
 
 class _Speaker(PreTrainedModel, GenerationMixin):
     """A decoder and a state, in the form of a model that generates. It has no weights of its own."""
 
     _is_stateful = False  # beams may be reordered
 
-    def __init__(self, decoder: Decoder, state: State):
+    def __init__(self, decoder: Any, state: Any):
         super().__init__(PreTrainedConfig())
         self.decoder, self.state = decoder, state
 
@@ -51,7 +49,7 @@ class _Speaker(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=logits.unsqueeze(1), past_key_values=self.state.cache)
 
 
-def generate(decoder: Decoder, state: State, **options: Any) -> list[list[int]]:
+def generate(decoder: Any, state: Any, **options: Any) -> list[list[int]]:
     """Token ids that follow a state, for each of its samples, the stop token left out.
 
     ``options`` are those of ``GenerationConfig`` (``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``,
