@@ -268,6 +268,7 @@ class LlavaNextVideo(Backbone):
         check_token(self.tokenizer, self.config.tokenizer or self._folder, VIDEO, placeholder, "video_token_index")
         self.format = chat_format(self.tokenizer, VIDEO, FORMATS[self.text_config.model_type])
         self._chat = Chat(self.tokenizer, self.format, VIDEO)
+        self.message_tokens = self._chat.message_tokens + (self.newline is not None)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ class State:
         state.cache.batch_repeat_interleave(times)
         known: dict[int, TokenLayout] = {}  # layers share layouts
         state.layouts = [known.setdefault(id(layout), layout.repeat(times)) for layout in self.layouts]
-        state.logits = self.logits.repeat_interleave(times, 0)
+        state.logits = None if self.logits is None else self.logits.repeat_interleave(times, 0)
         state.batched = True
         return state
 

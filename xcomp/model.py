@@ -171,7 +171,8 @@ class VideoQA(L.LightningModule):
 
     def _write(self, state: State, streamer: BaseStreamer | None) -> list[list[int]]:
         """Token ids of the answers; draws leave the caller's random numbers as they are."""
-        with torch.random.fork_rng(enabled=self.generation.do_sample):
+        device = self.backbone.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=self.generation.do_sample):
             if self.generation.do_sample:
                 torch.manual_seed(self.generation.seed)
             return self.decoder.generate(state, streamer=streamer, **self.generation.options())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
+from damage import check_refused, contents, cut, drop_tensors, edit, edit_tensors
 from safetensors.torch import load_file, save_file
 from tiny_llava import TEXT, VIDEO_ID, VISION, architecture, save_tokenizer
 from torch import nn
@@ -223,36 +224,6 @@ def test_names_of_released_checkpoints_are_understood(tmp_path):
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
-def edit(name, change):
-    """Damage to a JSON file."""
-
-    def damage(folder):
-        content = json.loads((folder / name).read_text())
-        change(content)
-        (folder / name).write_text(json.dumps(content))
-
-    return damage
-
-
-def edit_tensors(change):
-    def damage(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return damage
-
-
-def cut(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def drop_tower(tensors):
-    for name in [n for n in tensors if "vision_tower" in n]:
-        del tensors[name]
-
-
 NUMBERS = "video_preprocessor_config.json"
 NORM = "language_model.model.norm.weight"
 BROKEN = {
@@ -285,7 +256,7 @@ BROKEN = {
         "48 pixels in patches of 48 leave",
     ),
     "missing": (edit_tensors(lambda t: t.pop(NORM)), "1 tensors .*missing model.language_model.norm.weight"),
-    "many missing": (edit_tensors(drop_tower), r"5\d tensors .*missing .*and 3\d more"),
+    "many missing": (drop_tensors("vision_tower"), r"5\d tensors .*missing .*and 3\d more"),
     "unexpected": (edit_tensors(lambda t: t.update(extra=torch.zeros(2))), "1 tensors .*unexpected extra"),
     "shape": (
         edit_tensors(lambda t: t.update({NORM: torch.zeros(31)})),
@@ -307,18 +278,12 @@ BROKEN = {
 def sound(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound") / "m"
     build().save_pretrained(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return contents(folder)
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_checkpoints_say_what_is_wrong(case, sound, tmp_path):
-    for name, content in sound.items():
-        (tmp_path / name).write_bytes(content)
-    damage, message = BROKEN[case]
-    damage(tmp_path)
-    with pytest.raises(ValueError, match=message) as caught:
-        load(tmp_path)
-    assert "\n" not in str(caught.value)
+    check_refused(sound, tmp_path, *BROKEN[case], load)
 
 
 @pytest.mark.parametrize(
@@ -450,6 +415,18 @@ def test_a_template_in_a_file_of_its_own(tmp_path):
 def test_a_template_without_the_video_is_refused(template, tmp_path):
     with pytest.raises(ValueError, match="chat template renders no question with one <video> before it"):
         build(tokenizer=save_tokenizer(tmp_path, "vicuna", template))
+
+
+@pytest.mark.parametrize("kind, more", [("llava_next_video", 0), ("llava_onevision", 1)])
+@pytest.mark.parametrize("family", OTHERS)
+def test_what_stands_before_the_question_is_counted(family, kind, more, words):
+    """The line end, and the newline vector where the model has one: QC-Comp does not take them for the question."""
+    model = build(architecture(family, kind, 40 if more else 48), tokenizer=words[OTHERS[family]])
+    asked = model.prompt("What colour is the cross?", SHOWN).question_ids
+    assert model.message_tokens >= 1 + more
+    question = model.tokenizer.decode(asked[model.message_tokens :].tolist()).strip()
+    assert question.replace(" ", "") == "Whatcolouristhecross?"
+    assert model.message_tokens == len(model.prompt("", SHOWN).question_ids)
 
 
 def test_another_models_tokenizer_is_refused(words, tiny_tokenizer):
