@@ -53,7 +53,7 @@ from xcomp.checkpoint import (
     write_json,
 )
 from xcomp.config import find_checkpoint
-from xcomp.pixels import preprocess_frames
+from xcomp.pixels import PixelFormat
 
 SHARD_BYTES = 5_000_000_000
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -394,8 +394,6 @@ def read_architecture(folder: Path) -> dict[str, Any]:
 class VideoChatFlash(Backbone):
     """VideoChat-Flash with a UMT-L or InternVideo2-1B tower and a Qwen2 language model."""
 
-    pixel_mean = (0.485, 0.456, 0.406)
-    pixel_std = (0.229, 0.224, 0.225)
     message_tokens = 27  # the time message; counted so by the released frame selection whatever its digits
 
     @dataclass
@@ -434,6 +432,7 @@ class VideoChatFlash(Backbone):
     def _build(self) -> None:
         """Modules from ``architecture`` and options, on the ambient device."""
         self.vision_sizes = sizes = vision_sizes(self.architecture)
+        self.pixel_format = PixelFormat(sizes.image_size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         self.tokens_per_frame = tokens_per_frame(self.architecture, sizes)
         self.clip_frames = self._clip_frames()
         attention = resolve_attention(self.config.attn_implementation, self.config.device, DTYPES[self.config.dtype])
@@ -540,12 +539,6 @@ class VideoChatFlash(Backbone):
             write_json(folder / "model.safetensors.index.json", index)
 
     # --- frames to visual tokens --------------------------------------------------------------------------------------
-
-    def preprocess(self, frames: Tensor) -> Tensor:
-        """(T, H, W, 3) uint8 → (T, 3, h, w) normalised pixels of the model's type; the aspect is not kept."""
-        return preprocess_frames(
-            frames, self.vision_sizes.image_size, self.pixel_mean, self.pixel_std, dtype=self.dtype
-        )
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(T, 3, h, w) → visual tokens (T, N, D); T is a multiple of ``clip_frames``.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xcomp.backbone import repeat_heads, rotate
+from xcomp.backbone import apply_rope, repeat_heads
 from xcomp.decoder import Decoder, Observation, QuestionNeeded
 from xcomp.selector import FrameSelector
 
@@ -213,7 +213,7 @@ def window_attention(
         for shift, same in equal_columns(shifts):
             cos, sin = backbone.rotary((rows + shift).to(keys.device))
             part = repeat_heads(keys[:, :, begin:end][:, :, same], queries.shape[1]).float()
-            found[..., same] = rotate(queries, cos, sin).float() @ part.transpose(-1, -2)
+            found[..., same] = apply_rope(queries, cos, sin).float() @ part.transpose(-1, -2)
         return found
 
     places = (0, parts.prefix, parts.prefix + width)
@@ -239,7 +239,7 @@ def global_attention(backbone, seen: Observation, parts: Parts, *, causal: bool 
     first = parts.prefix + parts.visual
     own = backbone.positions(seen.layout)[..., first + parts.skipped : first + parts.question]
     cos, sin = backbone.rotary(own.to(seen.keys.device))
-    queries = rotate(seen.queries[:, :, parts.skipped : parts.question], cos, sin).float()
+    queries = apply_rope(seen.queries[:, :, parts.skipped : parts.question], cos, sin).float()
     every = queries @ repeat_heads(seen.keys, queries.shape[1]).float().transpose(-1, -2)
     if causal:
         later = torch.arange(every.shape[-1]) > (first + rows).unsqueeze(1)

@@ -313,7 +313,7 @@ def processor_numbers(folder: Path | None, default: dict[str, Any]) -> dict[str,
 
 
 def pixel_numbers(numbers: dict[str, Any]) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
-    """(resample, mean, std) for :func:`xcomp.pixels.preprocess_frames`; CLIP's where the processor names none."""
+    """(resample, mean, std) for :class:`xcomp.pixels.PixelFormat`; CLIP's where the processor names none."""
     numbers = {name: value for name, value in numbers.items() if value is not None}
     resample = {2: "bilinear", 3: "bicubic"}.get(numbers.get("resample", 3))
     if resample is None:

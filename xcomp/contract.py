@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xcomp.benchmark import Question
 from xcomp.layout import TokenLayout
+from xcomp.pixels import PixelFormat
 from xcomp.registry import KINDS, make_config
 
 
@@ -45,10 +46,14 @@ def check_methods(kind: str, plugin: Any, *methods: str) -> None:
         require(not missing, name_of(kind, plugin), f"{method}() is missing")
 
 
-def check_pixels(who: str, pixels: Any, num_frames: int) -> None:
-    right = isinstance(pixels, Tensor) and pixels.ndim == 4 and pixels.shape[:2] == (num_frames, 3)
-    clause = f"preprocess() must return float (T, 3, h, w), not {describe(pixels)}"
-    require(right and pixels.is_floating_point(), who, clause)
+def check_pixel_format(who: str, backbone: Any) -> None:
+    """Frames are resized in other processes by ``pixel_format`` alone, so nothing else may have a say in it."""
+    from xcomp.backbone import Backbone
+
+    found = getattr(backbone, "pixel_format", None)
+    require(isinstance(found, PixelFormat), who, f"pixel_format must be a PixelFormat, not {found!r:.60}")
+    own = type(backbone).preprocess is not Backbone.preprocess
+    require(not own, who, "preprocess() follows from pixel_format and must not be overridden; describe pixels there")
 
 
 def check_encoded(who: str, tokens: Any, shape: tuple[int, int, int]) -> None:
@@ -71,6 +76,27 @@ def check_keep(who: str, keep: Any, layout: TokenLayout) -> None:
     require(right, who, f"after_layer() must return None or (B, S) = {shape} bool, not {describe(keep)}")
     left = (keep.cpu() & layout.visual).any(1)
     require(left.all(), who, "after_layer() must keep a visual token of every sample")
+
+
+def check_plan(plan: list[tuple[int, ...]], num_layers: int, tokens_per_frame: int, who: str) -> None:
+    """ValueError unless every layer keeps at least one slot, in range, once, out of those of the layer before."""
+    layers = list(plan) if isinstance(plan, Sequence) else [None]
+    if not all(isinstance(slots, Sequence) and all(isinstance(slot, int) for slot in slots) for slots in layers):
+        raise ValueError(f"{who}.plan must return the slots of each layer, a list of tuples of int, not {plan!r:.60}")
+    if len(plan) != num_layers:
+        raise ValueError(f"{who}.plan names {len(plan)} layers, but the language model has {num_layers}")
+    before = set(range(tokens_per_frame))
+    for layer, slots in enumerate(plan, start=1):
+        if not slots:
+            raise ValueError(f"{who}.plan keeps no token of a frame at layer {layer}; at least 1 must stay")
+        if list(slots) != sorted(set(slots)):
+            raise ValueError(f"{who}.plan must name each slot once and ascending; layer {layer} has {list(slots)}")
+        if slots[0] < 0 or slots[-1] >= tokens_per_frame:
+            raise ValueError(f"{who}.plan names slot {slots[0] if slots[0] < 0 else slots[-1]} at layer {layer}; "
+                             f"a frame has slots 0..{tokens_per_frame - 1}")
+        if not before.issuperset(slots):
+            raise ValueError(f"{who}.plan brings back slots dropped earlier, at layer {layer}")
+        before = set(slots)
 
 
 def check_scores(who: str, scores: Any, num_frames: int) -> None:

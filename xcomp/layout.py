@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,21 +47,21 @@ class TokenLayout:
             real[row, : prefix + frames * tokens + suffix] = True
         return cls(frame, slot, real, max((tokens for _, _, tokens, _ in parts), default=0))
 
-    @property
+    @cached_property
     def visual(self) -> Tensor:
         """(B, S) bool: positions that hold a visual token."""
         return self.frame != TEXT
 
-    @property
+    @cached_property
     def counts(self) -> Tensor:
-        """(B,) real tokens of each sample: the position number of the next one."""
+        """(B,) real tokens of each sample."""
         return self.real.sum(1)
 
-    @property
+    @cached_property
     def padded(self) -> bool:
         return not bool(self.real.all())
 
-    @property
+    @cached_property
     def gaps(self) -> bool:
         """Whether padding stands before a real token, as where text was appended to samples of unequal length."""
         return bool((self.real[:, 1:] & ~self.real[:, :-1]).any())
@@ -69,7 +70,9 @@ class TokenLayout:
     def width(self) -> int:
         return self.real.shape[1]
 
+    @cached_property
     def visual_counts(self) -> list[int]:
+        """Visual tokens of each sample."""
         return self.visual.sum(1).tolist()
 
     def last_index(self) -> Tensor:

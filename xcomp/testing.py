@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.benchmark import LETTERS, Question
-from xcomp.compressor import Compressor, LayerOutput, check_plan
+from xcomp.compressor import Compressor, LayerOutput
 from xcomp.contract import (
     ContractError,
     Watch,
@@ -30,7 +30,8 @@ from xcomp.contract import (
     check_chosen,
     check_encoded,
     check_keep,
-    check_pixels,
+    check_pixel_format,
+    check_plan,
     check_questions,
     check_scores,
     same,
@@ -101,12 +102,10 @@ def _check_vision(watch: Watch, backbone: Backbone) -> tuple[Tensor, Tensor]:
     clip, merged = backbone.clip_frames, backbone.merged_frames
     clause = f"merged_frames must be a whole number from 1 that divides clip_frames {clip}, not {merged}"
     watch.require(isinstance(merged, int) and merged >= 1 and clip % merged == 0, clause)
-    stats = [*getattr(backbone, "pixel_mean", ()), *getattr(backbone, "pixel_std", ())]
-    watch.require(len(stats) == 6 and min(stats[3:]) > 0, "pixel_mean and pixel_std must be 3 numbers each, std > 0")
+    check_pixel_format(watch.who, backbone)
     groups, width = clip // merged, backbone.text_config.hidden_size
     frames = _frames(2 * clip)
     pixels = watch.call("preprocess", frames)
-    check_pixels(watch.who, pixels, 2 * clip)
     watch.require_close(backbone.preprocess(frames[-1:]), pixels[-1:], "preprocess() must take each frame on its own")
     tokens, expected = watch.call("encode", pixels), (2 * groups, backbone.tokens_per_frame, width)
     check_encoded(watch.who, tokens, expected)
