@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from xcomp.cost import count_macs
 from xcomp.layout import TokenLayout, gather
 from xcomp.pixels import PixelFormat
 
@@ -48,6 +49,10 @@ class ShownVideo:
     duration: float
     num_frames: int
     times: tuple[float, ...] | None = None
+
+
+class QuestionError(ValueError):
+    """A question that cannot be put to a model with what it is shown, e.g. because it is too long; others can."""
 
 
 def check_device(name: str) -> None:
@@ -168,6 +173,15 @@ class Backbone(nn.Module):
         if count % clip:
             fits = max(count // clip, 1) * clip
             raise ValueError(f"a budget of {count} frames does not divide into encoder clips of {clip}; take {fits}")
+
+    @torch.no_grad()
+    def clip_macs(self, size: tuple[int, int]) -> int:
+        """MACs of encoding one clip of pictures of ``size`` (h, w), counted once on a clip of zeros."""
+        known = self.__dict__.setdefault("_clip_macs", {})
+        if size not in known:
+            pixels = torch.zeros(self.clip_frames, 3, *size, dtype=self.dtype, device=self.device)
+            known[size] = count_macs(lambda: self.encode(pixels))[1]
+        return known[size]
 
     # --- the language model, opened up ----------------------------------------------------------------------------
 

@@ -36,6 +36,26 @@ class Sampling:
 
 
 @dataclass
+class Decoding:
+    """How videos are decoded beside the model. None of it changes a record."""
+
+    workers: int | None = None  # processes; default half of a rank's cores, at most 4; 0: in the process of the model
+    threads: int | None = None  # of each worker's decoder; default the cores divided among the workers
+    chunk: int = 16  # frames in one piece of work
+    seconds: float = 300.0  # a piece of work that takes longer is given up, and its worker replaced
+    memory: float = 4.0  # GB that a worker may take beyond what it starts with
+
+
+@dataclass
+class Memory:
+    """What is kept of one video, in GB; the rest is computed again. None of it changes a record."""
+
+    pixels: float = 2.0  # resized frames, uint8, in host memory (shared with the frames that are decoded ahead)
+    tokens: float = 2.0  # visual tokens and selectors' features, where the model is
+    states: float = 2.0  # key-value caches of a video that is asked further questions (`xcomp ask`)
+
+
+@dataclass
 class Generation:
     """How an answer is written: greedily unless ``do_sample`` or ``num_beams`` say otherwise.
 
@@ -104,6 +124,8 @@ class RunConfig:
     batch_size: int = 1  # questions answered together
     limit: int | None = None  # first questions of the benchmark only
     sampling: Sampling = field(default_factory=Sampling)
+    decoding: Decoding = field(default_factory=Decoding)
+    memory: Memory = field(default_factory=Memory)
     generation: Generation = field(default_factory=Generation)
     arms: list[Arm] = field(default_factory=list)
     tune: Tune = field(default_factory=Tune)
@@ -173,7 +195,13 @@ def parse_config(content: Any, where: str) -> RunConfig:
     if not isinstance(content, Mapping):
         raise ConfigError(f"config '{where}' must be a mapping of keys, not {type(content).__name__}")
     _check_keys(RunConfig, content, where)
-    for part, node in (("sampling", Sampling), ("generation", Generation), ("tune", Tune)):
+    for part, node in (
+        ("sampling", Sampling),
+        ("decoding", Decoding),
+        ("memory", Memory),
+        ("generation", Generation),
+        ("tune", Tune),
+    ):
         _check_keys(node, content.get(part, {}), f"{where}: {part}")
     arms = content.get("arms") or []
     if not isinstance(arms, list):
@@ -210,6 +238,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         (config.limit is None or config.limit >= 1, f"limit is {config.limit}; it must be at least 1"),
         (config.sampling.rate > 0, f"sampling.rate is {config.sampling.rate}; it must be above 0 frames a second"),
         *_generation_rules(config.generation),
+        *_decoding_rules(config.decoding, config.memory),
         (config.tune.weight_decay >= 0, f"tune.weight_decay is {config.tune.weight_decay}; it must be at least 0"),
         (0 <= config.tune.warmup_ratio <= 1, f"tune.warmup_ratio is {config.tune.warmup_ratio}; it must be 0..1"),
         (config.tune.num_workers >= 0, f"tune.num_workers is {config.tune.num_workers}; it must be at least 0"),
@@ -232,6 +261,17 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         if not holds:
             raise ConfigError(f"config '{where}': {message}")
     _check_sampling(config.sampling, where)
+
+
+def _decoding_rules(d: Decoding, m: Memory) -> list[tuple[bool, str]]:
+    """As ``_generation_rules``."""
+    counts = (("workers", d.workers, 0), ("threads", d.threads, 1), ("chunk", d.chunk, 1))
+    return [
+        *((n is None or n >= low, f"decoding.{k} is {n}; it must be at least {low}") for k, n, low in counts),
+        (d.seconds > 0, f"decoding.seconds is {d.seconds}; it must be above 0"),
+        (d.memory > 0, f"decoding.memory is {d.memory}; it must be above 0 GB"),
+        *((v >= 0, f"memory.{k} is {v}; it must be at least 0 GB") for k, v in vars(m).items()),
+    ]
 
 
 def _generation_rules(g: Generation) -> list[tuple[bool, str]]:

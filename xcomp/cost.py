@@ -107,7 +107,8 @@ def pass_cost(
     """
     if len(layers) > shape.layers:
         raise ValueError(f"the model has {shape.layers} layers, but the pass {len(layers)}")
-    keys, queries, pairs, outputs = (sum(getattr(w, k) for w in layers) for k in ("keys", "queries", "pairs", "outputs"))
+    keys, queries = sum(work.keys for work in layers), sum(work.queries for work in layers)
+    pairs, outputs = sum(work.pairs for work in layers), sum(work.outputs for work in layers)
     return Cost(
         projections=shape.hidden * (2 * keys * shape.kv_width + (queries + outputs) * shape.query_width),
         attention=2 * pairs * shape.query_width,
@@ -147,13 +148,15 @@ def planned_layers(
     return layers
 
 
-def counted_layers(tokens_per_layer: Sequence[int], text: int) -> list[LayerWork]:
+def counted_layers(tokens_per_layer: Sequence[int], text: int, *, whole: bool = False) -> list[LayerWork]:
     """``[prefix | video | suffix]`` under a rule that looks at the data: every position is computed where it is there.
 
-    ``tokens_per_layer`` are the visual tokens of each layer, ``text`` counts prefix and suffix.
+    ``tokens_per_layer`` are the visual tokens of each layer, ``text`` counts prefix and suffix. ``whole`` as in
+    :func:`appended_layers`.
     """
     sizes = [tokens + text for tokens in tokens_per_layer]
-    return [LayerWork(n, n, _triangle(n), n) for n in sizes[:-1]] + [LayerWork(sizes[-1], 1, sizes[-1], 1)]
+    last = LayerWork(sizes[-1], sizes[-1], 0, 0) if whole else LayerWork(sizes[-1], 1, sizes[-1], 1)
+    return [LayerWork(n, n, _triangle(n), n) for n in sizes[:-1]] + [last]
 
 
 def appended_layers(stored: Sequence[int], rows: int, *, whole: bool = False) -> list[LayerWork]:
@@ -186,12 +189,13 @@ def count_macs(run: Callable[[], Result]) -> tuple[Result, int]:
     computed.
     """
     import torch
-    from torch.utils.flop_counter import FlopCounterMode, flop_registry
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def attention(query, key, value, *args, out_shape=None, **kwargs):
+        return sdpa_flop_count(query, key, value)
 
     # torch counts attention on a GPU, but not the kernel that a CPU takes.
-    known = flop_registry[torch.ops.aten._scaled_dot_product_flash_attention]
-    with FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: known}
-    ) as counter:
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         result = run()
     return result, counter.get_total_flops() // 2

@@ -23,19 +23,16 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from xcomp.backbone import Backbone, Rotary
+from xcomp.backbone import Backbone, QuestionError, Rotary
 from xcomp.compressor import Compressor, LayerOutput
 from xcomp.contract import check_before_llm, check_keep, check_plan, name_of
+from xcomp.cost import LLMShape, appended_layers, counted_layers, pass_cost, planned_layers
 from xcomp.generation import generate
 from xcomp.layout import TokenLayout, gather
 
 DROP_EARLY = ("auto", "off", "output", "query")
 MASK_ELEMENTS = 2**24  # largest mask that is made at once
 Ids = Tensor | Sequence[int]
-
-
-class TooLong(ValueError):
-    """A sequence that is longer than the language model takes."""
 
 
 class QuestionNeeded(ValueError):
@@ -78,7 +75,8 @@ class State:
     def repeat(self, times: int) -> State:
         """A state of its own in which every sample stands ``times`` in a row."""
         state = self.fork()
-        state.cache.batch_repeat_interleave(times)
+        if times > 1:
+            state.cache.batch_repeat_interleave(times)
         known = {id(layout): layout.repeat(times) for layout in self.prefilled}
         state.prefilled = [known[id(layout)] for layout in self.prefilled]
         state.text = self.text.repeat(times)
@@ -188,6 +186,7 @@ class Decoder:
     def extend(self, state: State, suffix_ids: Ids | Sequence[Ids]) -> State:
         """Append text (1-D ids, or a list of them for a batch) to a state, in place, and return it."""
         ids = [_ids(i) for i in (suffix_ids if state.batched else [suffix_ids])]
+        self._check_text(state, ids)
         padded = pad_sequence(ids, batch_first=True).to(self.backbone.device)
         self._append(self.backbone.embed(padded), TokenLayout.text([len(i) for i in ids]), state)
         return state
@@ -212,6 +211,38 @@ class Decoder:
         if plan is not None:
             check_plan(plan, self.backbone.num_layers, tokens_per_frame, name_of("compressor", self.compressor))
         return plan
+
+    def observed_by(self, observer: Callable[[Observation], None]) -> Decoder:
+        """The same decoder with an observer."""
+        options = {"drop_early": self.drop_early, "stop_layer": self.stop_layer}
+        return Decoder(self.backbone, self.compressor, observer=observer, **options)
+
+    # --- cost -------------------------------------------------------------------------------------------------------
+
+    def prefill_macs(self, state: State, num_prefix: int, num_suffix: int = 0, *, row: int = 0) -> int:
+        """MACs of the pass that left ``state``, for one of its samples: a prefix, the video, and a suffix if any."""
+        layout = state.prefilled[0]
+        plan = self.plan(layout.frame_tokens)
+        if plan is None:
+            counts = [layout.visual_counts[row] for layout in state.prefilled]
+            layers = counted_layers(counts, num_prefix + num_suffix, whole=self.observer is not None)
+        else:
+            plan, frames = plan[: self.stop_layer], int(layout.frame[row].max()) + 1
+            layers = planned_layers(plan, frames, num_prefix, num_suffix, drop_early=self.drop_early)
+        heads = 1 if num_suffix and self.stop_layer == self.backbone.num_layers else 0
+        return pass_cost(LLMShape.from_config(self.backbone.text_config), layers, head_positions=heads).macs
+
+    def append_macs(self, state: State, *texts: int, row: int = 0) -> int:
+        """MACs of texts of so many tokens, run one after the other behind what one sample of ``state`` prefilled."""
+        shape = LLMShape.from_config(self.backbone.text_config)
+        stored = [int(layout.counts[row]) for layout in state.prefilled]
+        whole = self.stop_layer < self.backbone.num_layers or self.observer is not None
+        total = 0
+        for new in filter(None, texts):
+            layers = appended_layers(stored, new, whole=whole)
+            total += pass_cost(shape, layers, head_positions=0 if whole else 1).macs
+            stored = [size + new for size in stored]
+        return total
 
     # --- the pass ---------------------------------------------------------------------------------------------------
 
@@ -254,8 +285,15 @@ class Decoder:
                 groups, width = video.shape[:2]
                 merged = self.backbone.merged_frames
                 fits = max(0, (limit - count + groups * width) // width) * merged
-                raise TooLong(f"{groups * merged} frames make a sequence of {count} tokens, but the language model "
-                              f"takes {limit}; at most {fits} frames fit")
+                raise QuestionError(f"{groups * merged} frames make a sequence of {count} tokens, but the language "
+                                    f"model takes {limit}; at most {fits} frames fit")
+
+    def _check_text(self, state: State, ids: list[Tensor]) -> None:
+        limit = self.backbone.text_config.max_position_embeddings
+        for before, after, new in zip(state.prefilled[0].counts.tolist(), state.text.counts.tolist(), map(len, ids)):
+            if before + after + new > limit:
+                raise QuestionError(f"a text of {new} tokens behind {before + after} others makes a sequence of "
+                                    f"{before + after + new}, but the language model takes {limit}; show fewer frames")
 
     def _run(
         self,

@@ -77,6 +77,13 @@ class PixelFormat:
             pixels[start : start + batch_size] = part
         return pixels
 
+    @property
+    def largest(self) -> tuple[int, int]:
+        """(h, w) of a resized frame; where the aspect is kept, that of one twice as long as wide."""
+        if self.shortest_edge and self.crop is None:
+            return self.size, 2 * self.size
+        return _pair(self.size if self.crop is None else self.crop)
+
     def _target_size(self, shape: Sequence[int]) -> tuple[int, int]:
         if not self.shortest_edge:
             return _pair(self.size)

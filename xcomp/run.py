@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from xcomp.registry import nearest
 if TYPE_CHECKING:
     from lightning import Trainer
 
-SCHEMA = 1
+SCHEMA = 2
 _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "omegaconf", "decord", "av", "numpy")
 # What may change between a run and its continuation without changing a single record of it.
 _FREE_KEYS = ("output",)
@@ -33,6 +34,11 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+@contextmanager
+def hold_run(folder):
+    yield
 
 
 def open_run(config: RunConfig, command: str, **extra: Any) -> Path:
@@ -84,6 +90,11 @@ def _check_same(path: Path, command: str, config: dict[str, Any]) -> None:
         raise ConfigError(f"'{path}' is not JSON ({error}); {way_out}") from error
     if not isinstance(before, dict) or not isinstance(before.get("config"), dict):
         raise ConfigError(f"'{path}' describes no run; {way_out}")
+    if before.get("schema") != SCHEMA:
+        raise ConfigError(
+            f"run folder '{path.parent}' was made by another version of xcomp (schema {before.get('schema')!r}, this "
+            f"one has {SCHEMA}); {way_out}"
+        )
     if before.get("kind") != command:
         raise ConfigError(f"run folder '{path.parent}' belongs to 'xcomp {before.get('kind')}'; {way_out}")
     old, new = (_flat({k: v for k, v in c.items() if k not in _FREE_KEYS}) for c in (before["config"], config))

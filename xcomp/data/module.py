@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from xcomp.backbone import Backbone, ShownVideo
 from xcomp.config import RunConfig, Sampling
 from xcomp.data.records import Conversation, TokenisedConversation, load_conversations, tokenise
-from xcomp.video import Video, check_budget, sample_indices, uniform_indices
+from xcomp.sampling import candidate_indices, uniform_indices
+from xcomp.video import Video
 
 
 @dataclass
@@ -24,19 +25,6 @@ class Sample:
 
     pixels: Tensor
     text: TokenisedConversation
-
-
-def candidate_indices(video: Video, sampling: Sampling) -> list[int]:
-    """The candidate frames of a video by a run's sampling rule."""
-    return sample_indices(
-        video.num_frames,
-        video.fps,
-        rate=sampling.rate,
-        min_frames=sampling.min_frames,
-        max_frames=sampling.max_frames,
-        multiple=sampling.multiple,
-        style=sampling.style,
-    )
 
 
 class ConversationDataset(Dataset):
@@ -129,7 +117,7 @@ class ConversationData(L.LightningDataModule):
         c = self.config
         conversations = load_conversations(sources, c.plugins, where)
         for count in sorted({*c.tune.frames, *(n for conversation in conversations for n in conversation.frames)}):
-            check_budget(count, self.backbone.clip_frames)
+            self.backbone.check_frames(count)
         return ConversationDataset(
             conversations, self.backbone, frames=c.tune.frames, sampling=c.sampling, seed=c.seed
         )
