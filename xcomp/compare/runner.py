@@ -212,7 +212,8 @@ class Panel(L.LightningModule):
 
         return frames_of
 
-    def predict_step(self, batch: tuple[VideoInFlight, VideoTask, Mapping[str, Question]], batch_idx: int = 0) -> None:
+    def predict_step(self, batch: tuple[VideoInFlight, VideoTask, Mapping[str, Question]], batch_idx: int = 0) -> int:
+        """Writes the records of one video; returns how many."""
         video, task, questions = batch
         done: dict[str, list[tuple[Question, Any]]] = {}
         peaks: dict[str, dict[str, int]] = {}
@@ -223,8 +224,10 @@ class Panel(L.LightningModule):
                     outcomes = self._answer(arm, video, asked)
                 done[arm], peaks[arm] = list(zip(asked, outcomes)), peak.bytes
         finally:  # what was answered is kept, whatever ends the rest
-            append_records(self.writes_to, self._records(video, done, peaks))
+            records = self._records(video, done, peaks)
+            append_records(self.writes_to, records)
             video.close()
+        return len(records)
 
     def _answer(self, arm: str, video: VideoInFlight, asked: list[Question]) -> list[Any]:
         queries = [Query(q.video, q.question, self.benchmark.prompt(q)) for q in asked]

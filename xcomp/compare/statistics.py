@@ -45,9 +45,9 @@ class ArmSummary:
     """One arm's results. Costs are means over the questions that ran without an error; NaN if there are none.
 
     ``errors`` counts questions that failed to run and ``unanswered`` those whose text named no option; both are wrong
-    answers in ``accuracy``. ``macs`` and ``seconds`` are by stage, as a question would take them alone on a fresh video;
-    ``seconds_amortised`` divides what was shared by those who shared it. ``seconds_quartiles`` are those of a whole
-    question alone. ``peak_memory`` is the largest seen, in bytes, of the host and (on CUDA) of the device.
+    answers in ``accuracy``. ``macs`` and ``seconds`` are by stage, as a question would take them alone on a fresh
+    video; ``seconds_amortised`` divides what was shared by those who shared it. ``seconds_quartiles`` are those of a
+    whole question alone. ``peak_memory`` is the largest seen, in bytes, of the host and (on CUDA) of the device.
     """
 
     arm: str
