@@ -5,6 +5,7 @@ Everything a user can get wrong is a one-line ``ValueError`` that names the file
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
 import os
@@ -128,10 +129,27 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     if old.exists():
-        for entry in old.iterdir():
-            if not (target / entry.name).exists() and not re.fullmatch(r"model.*\.safetensors(\..*)?", entry.name):
-                entry.rename(target / entry.name)
-        shutil.rmtree(old)
+        _take_over(old, target)
+
+
+def _take_over(old: Path, target: Path) -> None:
+    """Move what a replaced folder held beside its weights into the new one, and delete the rest."""
+    for entry in old.iterdir():
+        if not (target / entry.name).exists() and not re.fullmatch(r"model.*\.safetensors(\..*)?", entry.name):
+            entry.rename(target / entry.name)
+    shutil.rmtree(old)
+
+
+def mend_folder(folder: str | Path) -> None:
+    """Finish or take back what ``whole_folder`` was doing when its process was killed. Nobody else may write there."""
+    target = Path(folder).resolve()
+    for fresh in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
+        shutil.rmtree(fresh)
+    for old in target.parent.glob(f".{glob.escape(target.name)}.*.old"):
+        if target.exists():
+            _take_over(old, target)
+        else:
+            old.rename(target)
 
 
 # --- weight files -----------------------------------------------------------------------------------------------------

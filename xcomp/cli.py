@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 
 import xcomp
 from xcomp.registry import KINDS, Plugin, plugins, problem, unreadable
+from xcomp.stopping import Stopped, raise_stopped, signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _quiet()
     try:
-        return options.run(options) or 0
+        with signals(signal.SIGTERM, handler=raise_stopped):
+            return options.run(options) or 0
+    except Stopped as stop:
+        if stop.line:
+            print(f"xcomp: {stop.line}", file=sys.stderr)
+        return stop.code
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -9,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -68,6 +70,16 @@ class ConversationDataset(Dataset):
 def collate(samples: list[Sample]) -> list[Sample]:
     """A batch is a list: videos and texts of unequal length go to the decoder as they are."""
     return samples
+
+
+def start_worker(worker: int) -> None:
+    """Leave Ctrl-C and the first SIGTERM to the main process: a terminal or batch system sends them to all processes.
+
+    The main process still needs batches to finish its step, and shuts its workers down itself.
+    """
+    pl_worker_init_function(worker)  # Lightning's own, in whose place this one is
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class EpochOrder(DistributedSampler):
@@ -130,6 +142,7 @@ class ConversationData(L.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=collate,
+            worker_init_fn=start_worker,
             **options,
         )
 
