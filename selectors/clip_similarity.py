@@ -20,7 +20,7 @@ from xcomp.config import find_checkpoint
 from xcomp.cost import count_macs
 from xcomp.inflight import VideoInFlight
 from xcomp.pixels import PixelFormat
-from xcomp.selector import FrameQuery, FrameSelector
+from xcomp.selector import FrameQuery, FrameSelector, SelectionCost
 
 
 class CLIPSimilarity(FrameSelector):
@@ -88,5 +88,8 @@ class CLIPSimilarity(FrameSelector):
         return self._macs
 
     @torch.no_grad()
-    def macs(self, backbone: Backbone, num_frames: int, query: FrameQuery, compressor: Compressor) -> tuple[int, int]:
-        return num_frames * self._frame_macs(), count_macs(lambda: self._embed_question(query.question))[1]
+    def cost(
+        self, backbone: Backbone, num_frames: int, query: FrameQuery, compressor: Compressor
+    ) -> SelectionCost | None:
+        question = count_macs(lambda: self._embed_question(query.question))[1]
+        return SelectionCost(0, num_frames * self._frame_macs(), question)

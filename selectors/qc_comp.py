@@ -27,7 +27,7 @@ from xcomp.cost import LLMShape, appended_layers, pass_cost, planned_layers
 from xcomp.decoder import Decoder, Observation, QuestionNeeded, State
 from xcomp.inflight import VideoInFlight
 from xcomp.ledger import Work
-from xcomp.selector import FrameQuery, FrameSelector
+from xcomp.selector import FrameQuery, FrameSelector, SelectionCost
 
 
 @dataclass(frozen=True)
@@ -285,8 +285,10 @@ class QCComp(FrameSelector):
             keys = sum(spans.prefix + edges[last] - edges[first] + spans.question for first, last in windows)
         return spans.rows * keys * LLMShape.from_config(backbone.text_config).query_width
 
-    def macs(self, backbone: Backbone, num_frames: int, query: FrameQuery, compressor: Compressor) -> tuple[int, int]:
-        """Of the chunks' passes, and of one question over them; 0 for a compressor that decides from the data."""
+    def cost(
+        self, backbone: Backbone, num_frames: int, query: FrameQuery, compressor: Compressor
+    ) -> SelectionCost | None:
+        """Of the chunks' passes, and of one question over them; None for a compressor that decides from the data."""
         layers, clip_groups = self.layers(backbone.num_layers), self._clip_groups(backbone)
         length, starts = chunk_starts(num_frames, self.config)
         prompt, groups = query.prompt, math.ceil(length / backbone.merged_frames)
@@ -294,7 +296,7 @@ class QCComp(FrameSelector):
         shown = compressor.before_llm(torch.empty(groups, backbone.tokens_per_frame, width, device="meta"))
         plan = compressor.plan(backbone.num_layers, shown.shape[1])
         if plan is None:
-            return 0, 0
+            return None
         plan, shape = plan[: layers[-1] + 1], LLMShape.from_config(backbone.text_config)
         spans = Spans(len(prompt.prefix_ids), 0, len(prompt.question_ids), len(prompt.header_ids), 0)
         spans = replace(spans, skipped=self._skipped(backbone, prompt))
@@ -306,7 +308,8 @@ class QCComp(FrameSelector):
         firsts = torch.searchsorted(frame_clip, torch.arange(num_clips + 1)).tolist()
         for layer in layers:
             question += self._scoring_macs(backbone, spans, [first * len(plan[layer]) for first in firsts])
-        return chunk * len(starts), question * len(starts)
+        alignments = len({start % backbone.clip_frames for start in starts})
+        return SelectionCost(alignments * num_frames, chunk * len(starts), question * len(starts))
 
 
 def chunk_starts(num_frames: int, config: QCComp.Config) -> tuple[int, list[int]]:

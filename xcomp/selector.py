@@ -31,6 +31,18 @@ class FrameQuery:
     work: Work = field(default_factory=lambda: Work("select"))
 
 
+@dataclass(frozen=True)
+class SelectionCost:
+    """What choosing takes, from shapes alone: frames whose visual tokens are needed, MACs once a video and a question.
+
+    Frames that are encoded in two ways, as clips of another cut, count twice.
+    """
+
+    frames_encoded: int = 0
+    video_macs: int = 0
+    question_macs: int = 0
+
+
 class FrameSelector(nn.Module):
     """Base class of all selectors. A subclass defines ``score_frames``, or ``score`` for many questions at once."""
 
@@ -80,12 +92,11 @@ class FrameSelector(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define score_frames(...) or score(...)")
 
-    def macs(self, backbone: Backbone, num_frames: int, query: FrameQuery, compressor: Compressor) -> tuple[int, int]:
-        """MACs of choosing among ``num_frames`` candidates, from shapes alone: once a video, and for each question.
-
-        Visual tokens that it takes from the video count as the vision path's. A selector that does not say costs 0.
-        """
-        return 0, 0
+    def cost(
+        self, backbone: Backbone, num_frames: int, query: FrameQuery, compressor: Compressor
+    ) -> SelectionCost | None:
+        """The cost of choosing among ``num_frames`` candidates; None where a selector does not say."""
+        return None if self.uses_video else SelectionCost()
 
     def select(self, scores: Tensor, budget: int) -> list[int]:
         """Ascending indices of the ``budget`` best frames; ties go to the earlier one. All if there are no more."""

@@ -472,7 +472,7 @@ def test_round_trip(tied, words, tmp_path):
     assert (again.lm_head.weight is again.language_model.embed_tokens.weight) == tied
     assert torch.equal(again.prompt("Why?", SHOWN).suffix_ids, model.prompt("Why?", SHOWN).suffix_ids)
     assert again.shown == model.shown == {**SIZE, "second_per_grid": 2.5} and again.stop_ids == model.stop_ids
-    assert again.pixel_mean == model.pixel_mean and again.interval == 5.0
+    assert again.pixel_format.mean == model.pixel_format.mean and again.interval == 5.0
     other = load(tmp_path / "m", height=8, second_per_grid=1.0)
     assert other.grid == (1, 4) and other.interval == 2.0
     info = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "m", output_loading_info=True)[1]
@@ -756,8 +756,8 @@ def test_pixels_are_those_of_transformers_processor(numbers, sound, tmp_path):
     theirs = Qwen2VLImageProcessorPil(**released)(images=[frame[0].numpy()], return_tensors="np")
     assert theirs["image_grid_thw"].tolist() == [[1, 6, 8]]
     ours = flatten_patches(model.preprocess(frame).repeat(2, 1, 1, 1)[None], 4, 2)
-    deviation = torch.tensor(model.pixel_std).repeat_interleave(2 * 4 * 4) * 255
+    deviation = torch.tensor(model.pixel_format.std).repeat_interleave(2 * 4 * 4) * 255
     levels = (ours - torch.tensor(np.asarray(theirs["pixel_values"]))).abs() * deviation
     assert levels.mean() < 0.05 and levels.max() < 2.01
     model.save_pretrained(tmp_path / "again")
-    assert load(tmp_path / "again").pixel_mean == model.pixel_mean
+    assert load(tmp_path / "again").pixel_format.mean == model.pixel_format.mean
