@@ -1,19 +1,29 @@
 """CLIP similarity: a frame's score is the cosine between its CLIP image embedding and the question's text embedding.
 
-The usual question-aware selector of long-video papers. ``checkpoint`` is any CLIP of ``transformers`` (folder, hub id,
-or a shipped one by name). Frames come as the backbone preprocessed them and are taken back to colours first, so the
-picture that CLIP sees has been resized once more than needed.
+The usual question-aware selector of long-video papers. ``checkpoint`` is any CLIP of ``transformers`` whose weights are
+safetensors (folder, hub id, or a shipped one by name). Frames come as the backbone preprocessed them and are taken back
+to colours first, so the picture that CLIP sees has been resized once more than needed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPModel
 
+from xcomp.checkpoint import (
+    load_tokenizer,
+    local_folder,
+    pixel_numbers,
+    processor_numbers,
+    read_config,
+    read_model,
+    transformers_config,
+)
 from xcomp.config import find_checkpoint
 from xcomp.pixels import preprocess_frames
 from xcomp.selector import FrameSelector
@@ -24,7 +34,7 @@ class CLIPSimilarity(FrameSelector):
 
     @dataclass
     class Config:
-        checkpoint: str = "openai/clip-vit-large-patch14-336"
+        checkpoint: str = "openai/clip-vit-large-patch14"
         batch_size: int = 64  # frames embedded at once
 
         def __post_init__(self) -> None:
@@ -33,18 +43,26 @@ class CLIPSimilarity(FrameSelector):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        folder = find_checkpoint(config.checkpoint)
         try:
-            self.clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            processor = CLIPImageProcessorPil.from_pretrained(folder)
-        except OSError as error:
-            raise ValueError(f"clip_similarity: no CLIP in '{folder}': {str(error).splitlines()[0]}") from error
-        self.mean, self.std = processor.image_mean, processor.image_std
-        self.size = self.clip.config.vision_config.image_size
-        self.max_length = self.clip.config.text_config.max_position_embeddings
+            self._load(local_folder("checkpoint", find_checkpoint(config.checkpoint)))
+        except ValueError as error:
+            raise ValueError(f"clip_similarity: {error}") from error
+
+    def _load(self, folder: Path) -> None:
+        """Model, tokenizer and the numbers of pixels of a folder; ValueError names what is wrong with it."""
+        content, where = read_config(folder, "CLIP"), f"'{folder / 'config.json'}'"
+        found = transformers_config(content, where, ("clip",), "openai/clip-vit-large-patch14")
+        numbers = processor_numbers(folder, None)
+        self.tokenizer = load_tokenizer(folder, None, found)
+        if numbers is None or self.tokenizer is None:
+            what = "preprocessor_config.json" if numbers is None else "tokenizer files"
+            raise ValueError(f"'{folder}' holds no {what}; copy them from where the CLIP is from")
+        self.clip = read_model(CLIPModel, folder, found, dtype=torch.float32).requires_grad_(False)
+        self.resample, self.mean, self.std = pixel_numbers(numbers)
+        self.size = found.vision_config.image_size
+        self.max_length = found.text_config.max_position_embeddings
         if self.tokenizer.eos_token_id not in self.tokenizer("a").input_ids:
-            raise ValueError(f"clip_similarity: the tokenizer in '{folder}' must close a text with its end token")
+            raise ValueError(f"the tokenizer in '{folder}' must close a text with its end token")
 
     @torch.no_grad()
     def score_frames(
@@ -65,4 +83,4 @@ class CLIPSimilarity(FrameSelector):
         values = (backbone.pixel_mean, backbone.pixel_std)
         mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in values)
         colours = ((pixels.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        return preprocess_frames(colours.permute(0, 2, 3, 1), self.size, self.mean, self.std)
+        return preprocess_frames(colours.permute(0, 2, 3, 1), self.size, self.mean, self.std, resample=self.resample)
