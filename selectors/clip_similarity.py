@@ -1,20 +1,31 @@
 """CLIP similarity: a frame's score is the cosine between its CLIP image embedding and the question's text embedding.
 
-The usual question-aware selector of long-video papers. ``checkpoint`` is any CLIP of ``transformers`` (folder, hub id,
-or a shipped one by name). Frames are resized for CLIP from the video's own size; the aspect is not kept.
+The usual question-aware selector of long-video papers. ``checkpoint`` is any CLIP of ``transformers`` whose weights are
+safetensors (folder, hub id, or a shipped one by name). Frames are resized for CLIP from the video's own size; the
+aspect is not kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPModel
 
 from xcomp.backbone import Backbone
+from xcomp.checkpoint import (
+    load_tokenizer,
+    local_folder,
+    pixel_numbers,
+    processor_numbers,
+    read_config,
+    read_model,
+    transformers_config,
+)
 from xcomp.compressor import Compressor
 from xcomp.config import find_checkpoint
 from xcomp.cost import count_macs
@@ -28,7 +39,7 @@ class CLIPSimilarity(FrameSelector):
 
     @dataclass
     class Config:
-        checkpoint: str = "openai/clip-vit-large-patch14-336"
+        checkpoint: str = "openai/clip-vit-large-patch14"
         batch_size: int = 64  # frames embedded at once
 
         def __post_init__(self) -> None:
@@ -37,19 +48,27 @@ class CLIPSimilarity(FrameSelector):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        folder = find_checkpoint(config.checkpoint)
         try:
-            self.clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            processor = CLIPImageProcessorPil.from_pretrained(folder)
-        except OSError as error:
-            raise ValueError(f"clip_similarity: no CLIP in '{folder}': {str(error).splitlines()[0]}") from error
-        size = self.clip.config.vision_config.image_size
-        self.pixel_format = PixelFormat(size, processor.image_mean, processor.image_std)
+            self._load(local_folder("checkpoint", find_checkpoint(config.checkpoint)))
+        except ValueError as error:
+            raise ValueError(f"clip_similarity: {error}") from error
+
+    def _load(self, folder: Path) -> None:
+        """Model, tokenizer and the numbers of pixels of a folder; ValueError names what is wrong with it."""
+        content, where = read_config(folder, "CLIP"), f"'{folder / 'config.json'}'"
+        found = transformers_config(content, where, ("clip",), "openai/clip-vit-large-patch14")
+        numbers = processor_numbers(folder, None)
+        self.tokenizer = load_tokenizer(folder, None, found)
+        if numbers is None or self.tokenizer is None:
+            what = "preprocessor_config.json" if numbers is None else "tokenizer files"
+            raise ValueError(f"'{folder}' holds no {what}; copy them from where the CLIP is from")
+        self.clip = read_model(CLIPModel, folder, found, dtype=torch.float32).requires_grad_(False)
+        resample, mean, std = pixel_numbers(numbers)
+        self.pixel_format = PixelFormat(found.vision_config.image_size, mean, std, resample=resample)
         self._macs: int | None = None
-        self.max_length = self.clip.config.text_config.max_position_embeddings
+        self.max_length = found.text_config.max_position_embeddings
         if self.tokenizer.eos_token_id not in self.tokenizer("a").input_ids:
-            raise ValueError(f"clip_similarity: the tokenizer in '{folder}' must close a text with its end token")
+            raise ValueError(f"the tokenizer in '{folder}' must close a text with its end token")
 
     def pixel_formats(self, backbone: Backbone) -> tuple[PixelFormat, ...]:
         return (self.pixel_format,)

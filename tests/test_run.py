@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from xcomp.config import ConfigError, parse_config
+from xcomp.config import ConfigError, load_config, parse_config
 from xcomp.run import check_run, make_trainer, open_run
 
 
@@ -38,6 +38,19 @@ def test_the_first_difference_is_named(make, other, message):
     with pytest.raises(ConfigError, match="belongs to 'xcomp evaluate'; choose another 'name', or delete the folder"):
         check_run(make(frames=4), "tune")
     assert [p.name for p in folder.iterdir()] == ["run.json"]
+
+
+def test_a_run_is_compared_as_its_file_is_written(tmp_path, monkeypatch):
+    """Not by what the environment happens to hold: on another machine the data lie elsewhere."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output: {tmp_path / 'runs'}\nbackbone: {{name: x, checkpoint: '${{oc.env:WEIGHTS}}'}}\n")
+    monkeypatch.setenv("WEIGHTS", "/here")
+    folder = open_run(load_config(file), "evaluate", benchmark={"name": "needle"})
+    monkeypatch.setenv("WEIGHTS", "/there")
+    assert open_run(load_config(file), "evaluate") == folder
+    assert "/here" not in (folder / "run.json").read_text()
+    with pytest.raises(ConfigError, match=r"backbone.checkpoint was '\$\{oc.env:WEIGHTS\}', now '/there'"):
+        check_run(load_config(file, ["backbone.checkpoint=/there"]), "evaluate")
 
 
 @pytest.mark.parametrize(

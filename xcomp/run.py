@@ -127,12 +127,14 @@ def open_run(config: RunConfig, command: str, **extra: Any) -> Path:
         ConfigError: as ``check_run`` does.
     """
     check_run(config, command)
-    folder = config.folder
+    folder, written = config.folder, config.written()
+    if "benchmark" in extra and extra["benchmark"]["name"] == config.benchmark:  # which may hold an interpolation
+        extra["benchmark"] = {**extra["benchmark"], "name": written["benchmark"]}
     description = {
         "schema": SCHEMA,
         "kind": command,
         "name": config.name,
-        "config": _plain(config.to_dict()),
+        "config": _plain(written),
         **extra,
         "versions": versions(),
         "hardware": hardware(),
@@ -168,7 +170,7 @@ def check_run(config: RunConfig, command: str) -> None:
         problem = "is not writable" if there.is_dir() else "is a file"
         raise ConfigError(f"run folder '{folder}' cannot be made: '{there}' {problem}; choose another 'output'")
     if (folder / "run.json").is_file():
-        _check_same(folder / "run.json", command, _plain(config.to_dict()))
+        _check_same(folder / "run.json", command, _plain(config.written()))
 
 
 def _check_same(path: Path, command: str, config: dict[str, Any]) -> None:

@@ -565,7 +565,7 @@ BROKEN = {
     ),
     "bad value": (
         edit("config.json", lambda c: c["text_config"].update(hidden_size="wide")),
-        "config.json' is no configuration of 'qwen2_5_vl'",
+        "config.json': hidden_size is 'wide'; it must be a whole number, 1 to 1,000,000",
     ),
     "sections": (
         edit("config.json", lambda c: c["text_config"]["rope_parameters"].update(mrope_section=[2, 2, 2])),
@@ -574,7 +574,7 @@ BROKEN = {
     "widths": (edit("config.json", lambda c: c["vision_config"].update(out_hidden_size=64)), "out_hidden_size 64 is"),
     "patches": (
         edit("config.json", lambda c: c["vision_config"].update(patch_size=[4, 4])),
-        r"vision tower's patch_size \[4, 4\] must be whole numbers",
+        r"config.json': patch_size is \[4, 4\]; it must be a whole number",
     ),
     "its own size": (edit("config.json", lambda c: c["xcomp"].update(height=25)), "height is 25; it must be a"),
     "missing": (edit_tensors(lambda t: t.pop(NORM)), "1 tensors .*missing model.language_model.norm.weight"),

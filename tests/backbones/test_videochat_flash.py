@@ -590,7 +590,7 @@ PROMPT = (
 
 
 def test_prompt(byte_tokenizer, tmp_path):
-    model = build(options={"tokenizer": byte_tokenizer})
+    model = build(vocab_size=300, options={"tokenizer": byte_tokenizer})
     prompt = model.prompt("What is it?", ShownVideo(duration=12.346, num_frames=64))
     parts = (prompt.prefix_ids, prompt.question_ids, prompt.header_ids)
     assert tuple(model.tokenizer.decode(part) for part in parts) == PROMPT
@@ -614,7 +614,7 @@ def test_released_tokenizer():
     folder = GOLDEN.parent / "data" / "videochat_flash_2b"
     if not folder.is_dir():
         pytest.skip("the released tokenizer's files are not here")
-    model = build(options={"tokenizer": str(folder)})
+    model = build(vocab_size=151_700, options={"tokenizer": str(folder)})
     prompt = model.prompt("What is it?", ShownVideo(duration=12.346, num_frames=64))
     assert len(prompt.prefix_ids) == 14 and prompt.prefix_ids[0] == 151644
     assert prompt.question_ids[0] == 198 and model.stop_ids == (151645, 151643)

@@ -106,7 +106,10 @@ def test_a_tokenizer_that_does_not_close_a_text_is_refused(tmp_path):
         xcomp.load_selector("clip_similarity", checkpoint=save_tiny_clip(tmp_path, closes=False))
 
 
-@pytest.mark.parametrize("options, message", [({"batch_size": 0}, "batch_size is 0"), ({}, "no CLIP in")])
+@pytest.mark.parametrize(
+    "options, message",
+    [({"batch_size": 0}, "batch_size is 0"), ({}, "clip_similarity: '.*' holds no config.json; a checkpoint of CLIP")],
+)
 def test_options_are_checked(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         xcomp.load_selector("clip_similarity", checkpoint=str(tmp_path), **options)
