@@ -41,8 +41,8 @@ from xcomp.checkpoint import (
     build_model,
     check_options,
     end_ids,
+    find_folder,
     load_tokenizer,
-    local_folder,
     pixel_numbers,
     processor_numbers,
     read_config,
@@ -50,7 +50,6 @@ from xcomp.checkpoint import (
     save_model,
     transformers_config,
 )
-from xcomp.config import find_checkpoint
 from xcomp.pixels import PixelFormat
 from xcomp.prompts import Chat, Format, chat_format, chatml, check_token
 
@@ -173,7 +172,7 @@ class LlavaNextVideo(Backbone):
         super().__init__()
         self.config = config
         check_options(config, frame_batch=config.frame_batch)
-        folder = None if config.checkpoint is None else local_folder("checkpoint", find_checkpoint(config.checkpoint))
+        folder = find_folder(config.checkpoint, weights=config.device != "meta")
         content = config.architecture if folder is None else read_config(folder, " or ".join(MODELS))
         where = "architecture" if folder is None else f"'{folder / 'config.json'}'"
         found = model_config(dict(content), where)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2Model
 
-from xcomp.backbone import Backbone, Prompt, ShownVideo
+from xcomp.backbone import Backbone, Prompt, ShownVideo, no_autocast
 from xcomp.checkpoint import (
     DTYPES,
     FLOATS,
@@ -43,9 +43,9 @@ from xcomp.checkpoint import (
     check_save_dtype,
     check_sizes,
     check_text_config,
+    find_folder,
     is_finite,
     load_tokenizer,
-    local_folder,
     read_json,
     refuse_tensors,
     refuse_values,
@@ -57,7 +57,6 @@ from xcomp.checkpoint import (
     within,
     write_json,
 )
-from xcomp.config import find_checkpoint
 from xcomp.pixels import PixelFormat
 
 SHARD_BYTES = 5_000_000_000
@@ -149,7 +148,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 def exact_float32(device_type: str) -> Iterator[None]:
     """No autocast and no TF32 inside: a rounded score would change which tokens merge."""
     modules = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    with torch.autocast(device_type, enabled=False):
+    with no_autocast(device_type):
         if not all(hasattr(module, "fp32_precision") for module in modules):  # before torch 2.9
             modules, before = [], torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("highest")
@@ -433,14 +432,15 @@ class VideoChatFlash(Backbone):
         super().__init__()
         self.config = config
         check_options(config, clip_batch=config.clip_batch, clip_frames=config.clip_frames)
-        folder = None if config.checkpoint is None else local_folder("checkpoint", find_checkpoint(config.checkpoint))
+        shapes = config.device == "meta"  # no weights are read or made
+        folder = find_folder(config.checkpoint, weights=not shapes)
         self.architecture = copy.deepcopy(config.architecture) if folder is None else read_architecture(folder)
         where = "architecture" if folder is None else f"'{folder / 'config.json'}'"
         check_sizes(self.architecture, where)
         attention = resolve_attention(config.attn_implementation, config.device, DTYPES[config.dtype])
-        with torch.device("cpu" if folder is None else "meta"), within(where):
+        with torch.device("cpu" if folder is None and not shapes else "meta"), within(where):
             self._build(attention)
-        if folder is not None:
+        if folder is not None and not shapes:
             self._load_weights(folder)
         with within(where):
             self._keep_rotary()

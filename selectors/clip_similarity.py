@@ -18,8 +18,8 @@ from transformers import CLIPModel
 
 from xcomp.backbone import Backbone
 from xcomp.checkpoint import (
+    find_folder,
     load_tokenizer,
-    local_folder,
     pixel_numbers,
     processor_numbers,
     read_config,
@@ -27,7 +27,6 @@ from xcomp.checkpoint import (
     transformers_config,
 )
 from xcomp.compressor import Compressor
-from xcomp.config import find_checkpoint
 from xcomp.cost import count_macs
 from xcomp.inflight import VideoInFlight
 from xcomp.pixels import PixelFormat
@@ -49,7 +48,7 @@ class CLIPSimilarity(FrameSelector):
     def __init__(self, config: Config):
         super().__init__(config)
         try:
-            self._load(local_folder("checkpoint", find_checkpoint(config.checkpoint)))
+            self._load(find_folder(config.checkpoint))
         except ValueError as error:
             raise ValueError(f"clip_similarity: {error}") from error
 

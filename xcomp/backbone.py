@@ -12,7 +12,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,13 @@ def check_device(name: str) -> None:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def no_autocast(device_type: str) -> AbstractContextManager:
+    """No autocast inside; nothing on a device that has none."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.utils import logging
 
 from xcomp.backbone import check_device
+from xcomp.shipped import built_in
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
@@ -95,14 +96,26 @@ def resolve_attention(name: str, device: str, dtype: torch.dtype) -> str:
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def local_folder(option: str, place: str) -> Path:
+def find_folder(checkpoint: str | None, *, weights: bool = True) -> Path | None:
+    """The folder of a ``checkpoint`` option: one by its path, a shipped one by name (``tiny``), a hub id's copy; None
+    for none. Without ``weights`` only what describes the model is downloaded."""
+    if checkpoint is None:
+        return None
+    shipped = built_in("checkpoints", "*")
+    if not os.path.exists(checkpoint) and checkpoint in shipped:
+        return shipped[checkpoint]
+    return local_folder("checkpoint", checkpoint, weights=weights)
+
+
+def local_folder(option: str, place: str, *, weights: bool = True) -> Path:
     """The folder itself, or a hub id's downloaded copy; ``option`` is what the user called it."""
     if os.path.isdir(place):
         return Path(place)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(place)):
         raise ValueError(f"{option} '{place}' is neither a folder nor a hub id like 'owner/name'")
     try:
-        return Path(snapshot_download(place, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]))
+        patterns = ["*.json", "*.txt", "*.jinja", "*.py"] + (["*.safetensors"] if weights else [])
+        return Path(snapshot_download(place, allow_patterns=patterns))
     except Exception as error:  # offline, unknown, gated: the client has many kinds of error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{option} '{place}' is no folder, nor could it be downloaded: {reason}") from error
@@ -330,9 +343,10 @@ def build_model(model_class: Any, folder: Path | None, found: PreTrainedConfig, 
     dtype = DTYPES[options.dtype]
     attention = resolve_attention(options.attn_implementation, options.device, dtype)
     settings = {"dtype": dtype, "attn_implementation": attention}
-    if folder is None:
-        with within("architecture"):
-            return AutoModelForImageTextToText.from_config(found, **settings).to(options.device)
+    if folder is None or options.device == "meta":
+        with within("architecture" if folder is None else f"'{folder / 'config.json'}'"):
+            with torch.device("meta" if options.device == "meta" else "cpu"):
+                return AutoModelForImageTextToText.from_config(found, **settings).to(options.device)
     return read_model(model_class, folder, found, **settings).to(options.device)
 
 

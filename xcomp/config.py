@@ -23,8 +23,8 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-import xcomp
 from xcomp.registry import KINDS, build, configure, nearest
+from xcomp.shipped import built_in
 
 TRAINABLE = ("llm", "projector", "vision")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -170,15 +170,6 @@ class RunConfig:
         return content
 
 
-def built_in(folder: str, pattern: str) -> dict[str, Path]:
-    """What ships in ``configs`` or ``checkpoints``, by name relative to it and without ``.yaml``."""
-    found = {}
-    for root in xcomp.__path__:
-        for path in sorted((Path(root) / folder).glob(pattern)):
-            found[path.relative_to(Path(root) / folder).with_suffix("").as_posix()] = path
-    return found
-
-
 def find_config(name: str) -> Path:
     """A YAML file by path, or a built-in one by name (``demo``)."""
     if os.path.isfile(name):  # Path.is_file fails on a name that is too long
@@ -187,14 +178,6 @@ def find_config(name: str) -> Path:
     if name in known:
         return known[name]
     raise ConfigError(f"config '{name}' does not exist;{nearest(name, known)} built-in configs: {', '.join(known)}")
-
-
-def find_checkpoint(name: str) -> str:
-    """A checkpoint folder: a path as it is, a shipped one by name (``tiny``), else the name as a hub id."""
-    known = built_in("checkpoints", "*")
-    if not os.path.exists(name) and name in known:
-        return str(known[name])
-    return name
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
