@@ -201,7 +201,7 @@ class Stopping(FrameSelector):
     uses_video, asked = False, 0
     def select(self, scores, budget):
         self.asked += 1
-        if self.asked == 3 and not Path(__file__).with_name("asked").exists():
+        if self.asked == 4 and not Path(__file__).with_name("asked").exists():
             Path(__file__).with_name("asked").touch()
             os.kill(os.getpid(), signal.SIGTERM)
         return list(range(budget))
@@ -211,10 +211,10 @@ class Stopping(FrameSelector):
 @pytest.mark.parametrize("command", ["evaluate", "compare"])
 def test_sigterm_stops_a_comparison_between_two_lines(tmp_path, tiny_run, capfd, command):
     (tmp_path / "stopping.py").write_text(STOPPING)
-    run = {**tiny_run, "plugins": [str(tmp_path)], "selector": "stopping", "limit": 3, "arms": [{"name": "one"}]}
+    run = {**tiny_run, "plugins": [str(tmp_path)], "selector": "stopping", "limit": 6, "arms": [{"name": "one"}]}
     path, records = tmp_path / "run.yaml", tmp_path / "runs" / "tiny" / "records.jsonl"
     path.write_text(yaml.safe_dump(run))
     assert main([command, str(path)]) == 143
     assert capfd.readouterr().err == "xcomp: stopped by SIGTERM; the same command resumes\n"
-    assert len(records.read_text().splitlines()) == 1  # the warm-up, the first question, and then the signal
-    assert main([command, str(path)]) == 0 and len(records.read_text().splitlines()) == 3
+    assert len(records.read_text().splitlines()) == 4  # those of the first video, and then the signal
+    assert main([command, str(path)]) == 0 and len(records.read_text().splitlines()) == 6

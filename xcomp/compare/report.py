@@ -94,8 +94,7 @@ def _cells(summaries: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]
         "accuracy % (95\u00a0%)",
         "tokens in\u00a0→\u00a0out",
         f"total {unit}",
-        "s alone",
-        "s amortised",
+        "s/question alone\u00a0(shared)",
     ]
     rows = [
         [
@@ -104,8 +103,7 @@ def _cells(summaries: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]
             _percent_with_interval(summary.accuracy),
             f"{_number(summary.tokens_in)} → {_number(summary.tokens_out)}",
             _significant(summary.total_macs / scale),
-            _significant(summary.total_seconds),
-            _significant(summary.total_seconds_amortised),
+            f"{_significant(summary.total_seconds)} ({_significant(summary.total_seconds_amortised)})",
         ]
         for summary in summaries
     ]
@@ -379,7 +377,7 @@ def _results_table(results: Results) -> str:
         row[0] = _arm(summary.arm)
         quartiles = "–".join(map(_significant, summary.seconds_quartiles))
         row[2] = row[2].replace(" (", " <small>(", 1) + "</small>"
-        row[-2] += f" <small>({quartiles})</small>"
+        row[-1] = row[-1].replace(" (", " <small>(", 1) + f"; {quartiles}</small>"
     return _table(columns, cells)
 
 
@@ -416,8 +414,8 @@ def _results_note(results: Results) -> str:
     intervals = "; ".join(text for method, text in how.items() if method in methods)
     few = " With so few videos, intervals are rough." if min(s.num_videos for s in results.summaries) < 20 else ""
     return (
-        f"{_footnote(results.summaries)} Intervals are {intervals}.{few} Beside the seconds alone stand their "
-        "quartiles. One MAC is one multiply-accumulate, two FLOPs."
+        f"{_footnote(results.summaries)} Intervals are {intervals}.{few} Behind the seconds stand the quartiles of "
+        "those alone. One MAC is one multiply-accumulate, two FLOPs."
     )
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from xcomp.answering import Answer, Answerer, Query
-from xcomp.backbone import Backbone
+from xcomp.backbone import Backbone, check_device
 from xcomp.benchmark import Benchmark, Question
 from xcomp.compare.arms import ResolvedArm, resolve_arms
 from xcomp.compare.records import RECORDS, Record, append_records, merge_records, rank_file, read_records, record
@@ -119,7 +119,9 @@ class Comparison:
     def _trainer(self, arms: Sequence[ResolvedArm]) -> L.Trainer:
         """Lightning's Trainer for the arms of a backbone; it decides how many processes there are, and where."""
         name, options = split_component("backbone", arms[0].backbone)
-        device = torch.device(getattr(configure("backbone", name, options, self.config.plugins)[1], "device", "cpu"))
+        device = getattr(configure("backbone", name, options, self.config.plugins)[1], "device", "cpu")
+        check_device(device)
+        device = torch.device(device)
         default = {"accelerator": device.type, "devices": 1 if device.index is None else [device.index]}
         callbacks: list[Callback] = []
         if self.config.trainer.get("enable_progress_bar", True):
