@@ -134,8 +134,9 @@ class Pending:
             ) from error
         except MemoryError as error:
             raise VideoError(f"{self._path}: decoding takes more memory than decoding.memory allows") from error
-        except (OSError, ValueError, RuntimeError) as error:
-            raise VideoError(f"{self._path}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        except Exception as error:  # whatever else a file makes the decoder do is that file's error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise VideoError(f"{self._path}: {reason}") from error
 
     def cancel(self) -> None:
         if self._future is not None:

@@ -128,7 +128,7 @@ def test_results_are_typed_and_complete(tmp_path):
     run, records = make_run()
     write_report(write_run(tmp_path, run, records))
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert results["schema"] == 1
+    assert results["schema"] == 2
     assert [arm["name"] for arm in results["arms"]] == [arm["name"] for arm in run["arms"]]
     first = results["arms"][0]
     assert first["selector"] == "uniform"

@@ -68,7 +68,8 @@ def table(summaries: Sequence[ArmSummary]) -> Table:
     """The comparison for a terminal, a row an arm."""
     columns, rows = _cells(summaries)
     # Narrow, so that 80 columns leave room for the arms' names.
-    result = Table(box=box.SIMPLE_HEAD, caption=Text(_footnote(summaries)), caption_justify="left", pad_edge=False)
+    options = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True, "caption_justify": "left"}
+    result = Table(caption=Text(_footnote(summaries)), **options)
     result.add_column(columns[0], overflow="fold")
     for column in columns[1:]:
         result.add_column(column.replace(" ", "\n", 1), justify="right", no_wrap=True)
