@@ -51,7 +51,8 @@ class CLIPSimilarity(FrameSelector):
         self, backbone, pixels, prefix_ids, question_ids, header_ids, compressor=None, *, question=None
     ) -> Tensor:
         question = backbone.tokenizer.decode(question_ids).strip() if question is None else question
-        device = self.clip.device
+        device = backbone.device
+        self.clip.to(device)
         text = self.tokenizer([question], truncation=True, max_length=self.max_length, return_tensors="pt").to(device)
         wanted = normalize(self.clip.get_text_features(**text).pooler_output, dim=-1)
         scores = []
