@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xcomp.backbone import repeat_heads, rotate
+from xcomp.backbone import attention_scores, rotate
 from xcomp.decoder import Decoder, Observation, QuestionNeeded
 from xcomp.selector import FrameSelector
 
@@ -212,8 +212,7 @@ def window_attention(
         # One shift for all, but where times are rounded: there it may differ by one from frame to frame.
         for shift, same in equal_columns(shifts):
             cos, sin = backbone.rotary((rows + shift).to(keys.device))
-            part = repeat_heads(keys[:, :, begin:end][:, :, same], queries.shape[1]).float()
-            found[..., same] = rotate(queries, cos, sin).float() @ part.transpose(-1, -2)
+            found[..., same] = attention_scores(rotate(queries, cos, sin), keys[:, :, begin:end][:, :, same])
         return found
 
     places = (0, parts.prefix, parts.prefix + width)
@@ -239,8 +238,8 @@ def global_attention(backbone, seen: Observation, parts: Parts, *, causal: bool 
     first = parts.prefix + parts.visual
     own = backbone.positions(seen.layout)[..., first + parts.skipped : first + parts.question]
     cos, sin = backbone.rotary(own.to(seen.keys.device))
-    queries = rotate(seen.queries[:, :, parts.skipped : parts.question], cos, sin).float()
-    every = queries @ repeat_heads(seen.keys, queries.shape[1]).float().transpose(-1, -2)
+    queries = rotate(seen.queries[:, :, parts.skipped : parts.question], cos, sin)
+    every = attention_scores(queries, seen.keys)
     if causal:
         later = torch.arange(every.shape[-1]) > (first + rows).unsqueeze(1)
         every = every.masked_fill(later.to(every.device), -math.inf)

@@ -306,19 +306,17 @@ class Decoder:
             return None
         if rows is None or not masked:
             queries = rotary.turn(backbone.project_queries(layer, normed))
-            real = layout.real if layout.padded else None
-            attended = backbone.attend(layer, queries, keys, values, None, causal=queries.shape[2] > 1, real=real)
+            attended = backbone.attend(layer, queries, keys, values, layout)
             if rows is not None:
                 hidden, attended = gather(hidden, rows), gather(attended, rows)
             return backbone.output(layer, hidden, attended)
         queries = rotary.rows(rows).turn(backbone.project_queries(layer, gather(normed, rows)))
-        mask = layout.causal_mask(rows)
-        attended = backbone.attend(layer, queries, keys, values, None if mask is None else mask.to(hidden.device))
+        attended = backbone.attend(layer, queries, keys, values, layout, rows)
         return backbone.output(layer, gather(hidden, rows), attended)
 
     def _append(self, hidden: Tensor, new: TokenLayout, state: State) -> None:
         """Run new text rows (B, R, D) over the stored caches; only each sample's last row leaves the last layer."""
-        backbone, device = self.backbone, hidden.device
+        backbone = self.backbone
         tables = _Tables(backbone)
         offset = torch.arange(new.width)
         for layer in range(self.stop_layer):
@@ -340,9 +338,7 @@ class Decoder:
                     state.logits = None
                     return
             seen = stored.width + (offset.expand(len(hidden), -1) if rows is None else rows)
-            mask = layout.causal_mask(seen)
-            queries = rotary.turn(queries)
-            attended = backbone.attend(layer, queries, keys, values, None if mask is None else mask.to(device))
+            attended = backbone.attend(layer, rotary.turn(queries), keys, values, layout, seen)
             hidden = backbone.output(layer, hidden, attended)
         state.logits = backbone.head(hidden[:, -1])
 

@@ -119,10 +119,19 @@ class TokenLayout:
         repeated = (getattr(self, k).repeat_interleave(times, 0) for k in ("frame", "slot", "real"))
         return TokenLayout(*repeated, self.frame_tokens)
 
-    def causal_mask(self, rows: Tensor) -> Tensor | None:
-        """Keys that the queries at indices ``rows`` (B, R) may see: (B, 1, R, S) bool, or None if all see all."""
-        mask = (torch.arange(self.width) <= rows.unsqueeze(-1)) & self.real.unsqueeze(1)
-        return None if bool(mask.all()) else mask.unsqueeze(1)
+    def all_visible(self, rows: Tensor) -> bool:
+        """Whether the queries at indices ``rows`` (B, R) may all see every key."""
+        return not self.padded and bool((rows >= self.width - 1).all())
+
+    def causal_mask(self, rows: Tensor, device: torch.device | str = "cpu") -> Tensor | None:
+        """Keys that the queries at indices ``rows`` (B, R) may see: (B, 1, R, S) bool, or None if all see all.
+
+        Made on ``device`` from the rows and, where there is padding, from ``real``: no mask is copied there.
+        """
+        if self.all_visible(rows):
+            return None
+        mask = torch.arange(self.width, device=device) <= rows.unsqueeze(-1).to(device)
+        return (mask & self.real.unsqueeze(1).to(device) if self.padded else mask).unsqueeze(1)
 
 
 def gather(hidden: Tensor, index: Tensor) -> Tensor:
