@@ -39,7 +39,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CUDA, CPU, NOWHERE = "cuda", "cpu", "nowhere"  # nowhere yet: made by torch itself
 
@@ -70,8 +69,16 @@ def put(tensor: Tensor, place: str) -> None:
 
 
 def _tensors(*values: Any) -> list[Tensor]:
-    """All tensors that have numbers: those on ``meta`` have none, and no place."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and _device(leaf).type == CPU]
+    """All tensors in nested arguments that have numbers: those on ``meta`` have none, and no place."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found += [value] if _device(value).type == CPU else []
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(*value)
+        elif isinstance(value, dict):
+            found += _tensors(*value.values())
+    return found
 
 
 class _Move(torch.autograd.Function):
