@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xcomp.backbone import Backbone, Prompt, QuestionError, apply_rope, repeat_heads
+from xcomp.backbone import Backbone, Prompt, QuestionError, apply_rope, attention_scores
 from xcomp.compressor import Compressor
 from xcomp.cost import LLMShape, appended_layers, pass_cost, planned_layers
 from xcomp.decoder import Decoder, Observation, QuestionNeeded, State
@@ -360,8 +360,7 @@ def window_attention(
         # One shift for all, but where times are rounded: there it may differ by one from frame to frame.
         for shift, same in equal_columns(shifts):
             cos, sin = backbone.rotary((rows + shift).to(keys.device))
-            part = repeat_heads(keys[:, :, begin:end][:, :, same], queries.shape[1]).float()
-            found[..., same] = apply_rope(queries, cos, sin).float() @ part.transpose(-1, -2)
+            found[..., same] = attention_scores(apply_rope(queries, cos, sin), keys[:, :, begin:end][:, :, same])
         return found
 
     places = (0, spans.prefix, spans.prefix + width)
@@ -387,8 +386,8 @@ def global_attention(backbone, seen: Observation, spans: Spans, *, causal: bool 
     first = spans.prefix + spans.visual
     own = backbone.positions(seen.layout)[..., first + spans.skipped : first + spans.question]
     cos, sin = backbone.rotary(own.to(seen.keys.device))
-    queries = apply_rope(seen.queries[:, :, spans.skipped : spans.question], cos, sin).float()
-    every = queries @ repeat_heads(seen.keys, queries.shape[1]).float().transpose(-1, -2)
+    queries = apply_rope(seen.queries[:, :, spans.skipped : spans.question], cos, sin)
+    every = attention_scores(queries, seen.keys)
     if causal:
         later = torch.arange(every.shape[-1]) > (first + rows).unsqueeze(1)
         every = every.masked_fill(later.to(every.device), -math.inf)

@@ -18,11 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from xcomp.cost import count_macs
 from xcomp.layout import TokenLayout, gather
 from xcomp.pixels import PixelFormat
+
+# Most elements of a mask, or of a matrix of attention probabilities, that is made at once (one row at the least).
+ATTENTION_BLOCK = 2**24
 
 
 @dataclass(frozen=True)
@@ -115,17 +119,50 @@ def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
     return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
+def attention_scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Products in float32, under autocast too: (B, H, Q, K), (B, H_kv, S, K) → (B, H, Q, S), not scaled."""
+    with no_autocast(queries.device.type):
+        return queries.float() @ repeat_heads(keys, queries.shape[1]).float().transpose(-1, -2)
+
+
 def attention_probabilities(
     queries: Tensor, keys: Tensor, mask: Tensor | None = None, *, causal: bool = False
 ) -> Tensor:
     """Softmax attention in float32: (B, H, Q, K), (B, H_kv, S, K) → (B, H, Q, S). ``mask`` True where to look."""
-    scores = queries.float() @ repeat_heads(keys, queries.shape[1]).float().transpose(-1, -2)
-    scores = scores * queries.shape[-1] ** -0.5
+    scores = attention_scores(queries, keys) * queries.shape[-1] ** -0.5
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(-1)
+
+
+def masked_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: TokenLayout,
+    rows: Tensor | None,
+    *,
+    scaling: float,
+    eager: bool,
+) -> Tensor:
+    """Attention under an explicit mask, as many queries at a time as ``ATTENTION_BLOCK`` allows.
+
+    Arguments and result (B, Q, H, K) as in :meth:`Backbone.attend`; ``eager`` computes the probabilities in float32.
+    """
+    batch, heads, count, _ = queries.shape
+    rows = torch.arange(count).expand(batch, -1) if rows is None else rows
+    keys, values = repeat_heads(keys.float() if eager else keys, heads), repeat_heads(values, heads)
+    step = max(1, ATTENTION_BLOCK // (batch * layout.width * (heads if eager else 1)))
+    blocks = []
+    for part, seen in zip(queries.split(step, 2), rows.split(step, 1)):
+        mask = layout.causal_mask(seen, queries.device)
+        if eager:
+            blocks.append(attention_probabilities(part, keys, mask).to(values.dtype) @ values)
+        else:
+            blocks.append(scaled_dot_product_attention(part, keys, values, mask, scale=scaling))
+    return torch.cat(blocks, 2).transpose(1, 2)
 
 
 class Backbone(nn.Module):
@@ -264,26 +301,27 @@ class Backbone(nn.Module):
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        mask: Tensor | None,
-        causal: bool = False,
-        real: Tensor | None = None,
+        layout: TokenLayout,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Attention by the chosen implementation, after RoPE: (B, H, Q, K), (B, H_kv, S, K) twice → (B, Q, H·K).
 
-        ``mask`` (B, 1, Q, S) bool, True where a query may look; ``causal`` (no mask, Q = S) lets each see up to itself.
-        ``real`` (B, S) bool marks the positions that are no padding; None: all. Rows of padding come out as anything.
+        ``layout`` describes the keys. The queries are those of its positions ``rows`` (B, Q), None: of all; each looks
+        at what is real up to itself. Rows of padding come out as anything.
         """
         attention = self.language_model.layers[layer].self_attn
         name = self.text_config._attn_implementation
-        if name == "eager" or (name == "flash_attention_2" and mask is not None):
+        if name == "eager" or (rows is not None and not layout.all_visible(rows)):
             # flash-attention 2 knows no arbitrary masks; rows under one are few (a question, a decoded token).
-            attended = attention_probabilities(queries, keys, mask, causal=causal).to(values.dtype)
-            attended = (attended @ repeat_heads(values, queries.shape[1])).transpose(1, 2)
+            eager = name != "sdpa"
+            attended = masked_attention(queries, keys, values, layout, rows, scaling=attention.scaling, eager=eager)
         else:
-            if name == "flash_attention_2" and real is not None:
-                mask = real.to(queries.device)  # (B, S): padding is taken out, and sequences run at their own lengths
+            real = None
+            if name == "flash_attention_2" and rows is None and layout.padded:
+                real = layout.real.to(queries.device)  # padding is taken out, and sequences run at their own lengths
+            causal = rows is None and queries.shape[2] > 1
             attended, _ = ALL_ATTENTION_FUNCTIONS[name](
-                attention, queries, keys, values, mask, dropout=0.0, scaling=attention.scaling, is_causal=causal
+                attention, queries, keys, values, real, dropout=0.0, scaling=attention.scaling, is_causal=causal
             )
         return attended.flatten(2)
 

@@ -44,8 +44,7 @@ class LayerOutput:
         normed = backbone.input_norm(layer, self.hidden)
         keys = self.rotary.apply(backbone.project_keys_values(layer, normed)[0])
         queries = self.rotary.rows(rows).apply(backbone.project_queries(layer, gather(normed, rows)))
-        mask = self.layout.causal_mask(rows)
-        mask = None if mask is None else mask.to(self.hidden.device)
+        mask = self.layout.causal_mask(rows, self.hidden.device)
         return attention_probabilities(queries, keys, mask).mean(1)[:, 0]
 
 

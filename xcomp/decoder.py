@@ -28,10 +28,9 @@ from xcomp.compressor import Compressor, LayerOutput
 from xcomp.contract import check_before_llm, check_keep, check_plan, name_of
 from xcomp.cost import LLMShape, appended_layers, counted_layers, pass_cost, planned_layers
 from xcomp.generation import generate
-from xcomp.layout import TokenLayout, gather
+from xcomp.layout import TextBehind, TokenLayout, gather
 
 DROP_EARLY = ("auto", "off", "output", "query")
-MASK_ELEMENTS = 2**24  # largest mask that is made at once
 Ids = Tensor | Sequence[int]
 
 
@@ -317,7 +316,7 @@ class Decoder:
         tables = _Tables(self.backbone)
         cache = None if state is None else state.cache
         for layer in range(self.stop_layer):
-            rotary, real = tables.of(layout), layout.real if layout.padded else None
+            rotary = tables.of(layout)
             if state is not None:
                 state.prefilled.append(layout)
             observe = partial(self._observe, layer, layout, observed) if observed else None
@@ -325,19 +324,15 @@ class Decoder:
                 if wanted is None or observed:
                     self._store(layer, hidden, rotary, cache, observe)
                     return None
-                return self._layer(layer, hidden, rotary, cache, Rows.of(wanted, layout))
+                return self._layer(layer, hidden, rotary, cache, layout, wanted, wanted)
             index = kept = None
             if plan is not None and len(plan[layer + 1]) < len(plan[layer]):
                 index, kept, wanted = _reduce(layout, layout.keep_slots(plan[layer + 1], tokens_per_frame), wanted)
-            if index is None or self.drop_early == "off":
-                rows = Rows(real=real)
-            elif self.drop_early == "output":
-                rows = Rows(outputs=index, real=real)
-            else:
-                rows = Rows.of(index, layout)
-            hidden = self._layer(layer, hidden, rotary, cache, rows, observe)
+            outputs = None if self.drop_early == "off" else index
+            queries = outputs if self.drop_early == "query" else None
+            hidden = self._layer(layer, hidden, rotary, cache, layout, queries, outputs, observe)
             if index is not None:
-                hidden = gather(hidden, index) if rows.outputs is None else hidden
+                hidden = gather(hidden, index) if outputs is None else hidden
                 layout = kept
             if plan is None:
                 query_index = wanted[:, 0]  # the first wanted position ends the prompt
@@ -361,15 +356,14 @@ class Decoder:
         # (1 or B, R): how far each new token stands behind the first text after the prefill.
         offsets = before.counts.unsqueeze(1) + torch.arange(new.width)
         last = new.last_index().unsqueeze(1)
-        known: dict[int, tuple[Rotary, Tensor | None]] = {}  # layers share layouts
+        known: dict[int, tuple[Rotary, TextBehind]] = {}  # layers share layouts
         for layer in range(self.stop_layer):
             stored = state.prefilled[layer]
             if id(stored) not in known:
                 positions = state.text_start(self.backbone, layer).unsqueeze(-1) + offsets
                 rotary = Rotary(*self.backbone.rotary(positions.to(hidden.device)))
-                mask = text_mask(stored, state.text, new.width)
-                known[id(stored)] = rotary, None if mask is None else mask.to(hidden.device)
-            rotary, mask = known[id(stored)]
+                known[id(stored)] = rotary, TextBehind(stored, state.text)
+            rotary, layout = known[id(stored)]
             observe = None
             if self.observer is not None:
                 observe = partial(self._observe, layer, stored.append(state.text), new.width)
@@ -377,10 +371,10 @@ class Decoder:
                     self._store(layer, hidden, rotary, state.cache, observe)
                     state.logits = None
                     return
-            rows = Rows.under(mask)
-            if layer == self.backbone.num_layers - 1:
-                rows = Rows.under(None if mask is None else gather(mask[:, 0], last).unsqueeze(1), last)
-            hidden = self._layer(layer, hidden, rotary, state.cache, rows, observe)
+            queries = last if layer == self.backbone.num_layers - 1 else None
+            hidden = self._layer(
+                layer, hidden, rotary, state.cache, layout, queries, queries, observe, layout.width - new.width
+            )
         state.logits = self.backbone.head(hidden[:, -1])
 
     def _observe(self, layer: int, layout: TokenLayout, rows: int, queries: Tensor, keys: Tensor) -> None:
@@ -399,35 +393,32 @@ class Decoder:
         hidden: Tensor,
         rotary: Rotary,
         cache: DynamicCache | None,
-        rows: Rows,
+        layout: TokenLayout | TextBehind,
+        queries: Tensor | None,
+        outputs: Tensor | None,
         observe: Callable[[Tensor, Tensor], None] | None = None,
+        offset: int = 0,
     ) -> Tensor:
-        """One transformer layer over new positions (B, S, D), their keys behind those of the cache."""
+        """One transformer layer over new positions (B, S, D), whose keys follow those of the cache.
+
+        ``queries`` (B, R) are the new positions that attend (None: all), ``outputs`` those that leave the layer (None:
+        those that attend). ``layout`` describes all keys, and ``offset`` is the first new position's place in it.
+        """
         backbone = self.backbone
         normed, keys, values = self._keys_values(layer, hidden, rotary, cache)
-        if rows.queries is not None:
-            hidden, normed = gather(hidden, rows.queries), gather(normed, rows.queries)
-            rotary = rotary.rows(rows.queries)
-        queries = backbone.project_queries(layer, normed)
+        rows = queries
+        if queries is not None:
+            hidden, normed = gather(hidden, queries), gather(normed, queries)
+            rotary, rows = rotary.rows(queries), queries + offset
+        elif offset:
+            rows = offset + torch.arange(hidden.shape[1]).expand(len(hidden), -1)
+        projected = backbone.project_queries(layer, normed)
         if observe is not None:
-            observe(queries, keys)
-        attended = self._attend(layer, rotary.apply(queries), keys, values, rows)
-        if rows.outputs is not None and rows.outputs is not rows.queries:
-            hidden, attended = gather(hidden, rows.outputs), gather(attended, rows.outputs)
+            observe(projected, keys)
+        attended = backbone.attend(layer, rotary.apply(projected), keys, values, layout, rows)
+        if outputs is not None and outputs is not queries:
+            hidden, attended = gather(hidden, outputs), gather(attended, outputs)
         return backbone.output(layer, hidden, attended)
-
-    def _attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
-        """(B, R, H·K): attention of the queries, after RoPE. Masks are made for so many rows at a time as is stated."""
-        attend = self.backbone.attend
-        if rows.mask is None:
-            return attend(layer, queries, keys, values, None, causal=queries.shape[2] > 1, real=rows.real)
-        parts, size = [], max(1, MASK_ELEMENTS // (len(keys) * keys.shape[2]))
-        for start in range(0, queries.shape[2], size):
-            part = slice(start, start + size)
-            mask = rows.mask(part)
-            mask = None if mask is None else mask.to(queries.device)
-            parts.append(attend(layer, queries[:, :, part], keys, values, mask))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _store(
         self,
@@ -452,41 +443,6 @@ class Decoder:
         if cache is not None:
             keys, values = cache.update(keys, values, layer)
         return normed, keys, values
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which of the positions that enter a layer are computed further than keys and values.
-
-    ``queries`` (B, R) attend (None: all); ``outputs`` (B, R) leave the layer (None: those that attend). ``mask`` gives
-    for a slice of the queries what they may see, (B, 1, r, S) bool or None for everything; where it is None itself, all
-    attend causally. ``real`` (B, S) then says where there is no padding (None: nowhere any).
-    """
-
-    queries: Tensor | None = None
-    outputs: Tensor | None = None
-    mask: Callable[[slice], Tensor | None] | None = None
-    real: Tensor | None = None
-
-    @classmethod
-    def of(cls, index: Tensor, layout: TokenLayout) -> Rows:
-        """The positions ``index`` (B, R) of a whole sequence, each seeing what stands before it."""
-        return cls(index, index, lambda part: layout.causal_mask(index[:, part]))
-
-    @classmethod
-    def under(cls, mask: Tensor | None, index: Tensor | None = None) -> Rows:
-        """New positions (those at ``index``, or all) behind a cache, under ``mask`` (B, 1, R, S)."""
-        return cls(index, index, lambda part: None if mask is None else mask[:, :, part])
-
-
-def text_mask(stored: TokenLayout, text: TokenLayout, num_new: int) -> Tensor | None:
-    """What the last ``num_new`` positions of ``text`` behind ``stored`` see: (B, 1, R, S) bool, or None: everything."""
-    if num_new == 1 and not stored.padded and not text.padded:
-        return None
-    rows = torch.arange(text.width - num_new, text.width).unsqueeze(1)
-    own = (torch.arange(text.width) <= rows) & text.real.unsqueeze(1)
-    before = stored.real.unsqueeze(1).expand(-1, num_new, -1)
-    return torch.cat([before, own], 2).unsqueeze(1)
 
 
 class _Tables:
