@@ -78,9 +78,9 @@ def skeleton(node: Any, plugins: Sequence[str]) -> Backbone:
 def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -> QuestionCost:
     """The cost of a question about a video of which only the length is known."""
     backbone, found = answerer.backbone, QuestionCost(arm)
-    chooses = answerer.frames is not None and answerer.selector is not None
+    chooses = answerer.budget is not None and answerer.selector is not None
     num_candidates = len(info.candidates)
-    num_frames = min(answerer.frames, num_candidates) if chooses else num_candidates
+    num_frames = min(answerer.budget, num_candidates) if chooses else num_candidates
     found.num_frames = num_frames
     shown = ShownVideo(info.duration, num_frames, info.times[:num_frames])
     prompt = backbone.prompt(query.text, shown)
@@ -102,7 +102,7 @@ def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -
     found.kv_bytes = prefill.kv_bytes + asked.kv_bytes
     found.weight_bytes = sum(parameter.numel() for parameter in backbone.parameters()) * size
     encoded, found.macs = num_frames, {"vision": None, "select": 0, "prefill": prefill.macs, "answer": asked.macs}
-    if chooses and answerer.frames < num_candidates and answerer.selector.uses_video:
+    if chooses and answerer.budget < num_candidates and answerer.selector.uses_video:
         every = ShownVideo(info.duration, num_candidates, info.times)
         frame_query = FrameQuery(query.question, backbone.prompt(query.text, every))
         cost = answerer.selector.cost(backbone, num_candidates, frame_query, answerer.compressor)
@@ -141,7 +141,7 @@ class _Arms:
                     self._build(kind, getattr(arm, kind), partial(build_component, kind), config.plugins)
                     for kind in ("compressor", "selector")
                 ]
-                self.answerers[arm.name] = Answerer(backbone, *parts, frames=arm.frames, generation=config.generation)
+                self.answerers[arm.name] = Answerer(backbone, *parts, budget=arm.frames, generation=config.generation)
             except ValueError as error:
                 self.problems[arm.name] = " ".join(str(error).split())
 

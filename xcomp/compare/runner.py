@@ -160,7 +160,7 @@ class Comparison:
                     parts[key] = build_component(kind, node, config.plugins)
                 own.append(parts[key])
             answerers[arm.name] = Answerer(
-                backbone, *own, frames=arm.frames, generation=config.generation, batch_size=config.batch_size
+                backbone, *own, budget=arm.frames, generation=config.generation, batch_size=config.batch_size
             )
         return Panel(backbone, answerers, self.benchmark).eval()
 
@@ -203,6 +203,10 @@ class Panel(L.LightningModule):
         parts = [part for a in answerers.values() for part in (a.compressor, a.selector) if part is not None]
         self.parts = nn.ModuleList(dict.fromkeys(parts))  # so that Lightning moves them with the backbone
         self.writes_to: Path | None = None
+
+    def on_predict_start(self) -> None:
+        for answerer in {id(a.compressor): a for a in self.answerers.values()}.values():
+            answerer.warm_up()
 
     def expected(self, task: VideoTask):
         """What to decode of a video ahead of its questions: all that some arm will need."""
