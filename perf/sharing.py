@@ -133,7 +133,7 @@ def sharing(folder: Path, video: Path, repeats: int) -> list[dict[str, Any]]:
     equal = all(same_alone(folder, record, common, many, ARMS + chosen)
                 for name in ("12 questions, 3 arms", "QC-Comp, 12 questions") for record in records[name])  # fmt: skip
     rows = []
-    for (one, all_of_them) in (tuple(cases)[:2], tuple(cases)[2:]):
+    for one, all_of_them in (tuple(cases)[:2], tuple(cases)[2:]):
         base = spread(taken[one])["seconds_median"]
         for name in (one, all_of_them):
             row = {"what": "sharing", "variant": name, **spread(taken[name])}

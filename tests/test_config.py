@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import xcomp
-from xcomp.cli import _parser
 from xcomp.checkpoint import find_folder
+from xcomp.cli import _parser
 from xcomp.compare.arms import resolve_arms
 from xcomp.config import (
     Arm,

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, TimeoutError
 from dataclasses import asdict, dataclass
@@ -54,7 +55,8 @@ class Pixels:
 
 # --- in the worker ----------------------------------------------------------------------------------------------------
 
-_opened: Video | None = None  # the file that the last piece of work was about: the next one often is, too
+# The files that the last pieces of work were about: the video that is asked and the one that comes next.
+_opened: OrderedDict[str, Video] = OrderedDict()
 
 
 def inspect(path: str, reader: str, threads: int, rule: dict[str, Any]) -> tuple[VideoInfo, float]:
@@ -81,13 +83,15 @@ def decode(path: str, reader: str, threads: int, frames: Sequence[int], formats:
 
 
 def _video(path: str, reader: str, threads: int) -> Video:
-    global _opened
-    if _opened is None or _opened.path != path or _opened.changed():
-        if _opened is not None:
-            _opened.close()
-            _opened = None
-        _opened = Video(path, reader, threads=threads)
-    return _opened
+    key = f"{reader}, {threads}, {path}"
+    if key in _opened and _opened[key].changed():
+        _opened.pop(key).close()
+    if key not in _opened:
+        while len(_opened) >= 2:
+            _opened.popitem(last=False)[1].close()
+        _opened[key] = Video(path, reader, threads=threads)
+    _opened.move_to_end(key)
+    return _opened[key]
 
 
 def _start_worker(threads: int, memory: float) -> None:

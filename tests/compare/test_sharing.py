@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 import yaml
+from xcomp.backbones.videochat_flash import VideoChatFlash
 
 import xcomp
-from xcomp.backbones.videochat_flash import VideoChatFlash
 from xcomp.compare.runner import compare
 from xcomp.compare.tasks import VideoTask, share_out
 from xcomp.config import parse_config
@@ -88,10 +88,10 @@ def test_frames_and_clips_are_computed_once_a_video(run, monkeypatch):
     monkeypatch.setattr(Video, "__init__", watched_start)
     monkeypatch.setattr(Video, "read", watched_read)
     monkeypatch.setattr(VideoChatFlash, "encode", lambda self, p: encoded.append(len(p)) or encode(self, p))
-    arms = [ARMS[0], {"name": "all", "frames": None}, {"name": "all pooled", "compressor": "avg_pool", "frames": None}]
+    arms = [ARMS[0], {"name": "all", "frames": 32}, {"name": "all pooled", "compressor": "avg_pool", "frames": 32}]
     records = read(compare(parse_config({**run, "arms": arms}, "x")))
     assert len(records) == 3 * 8 and not any(r["error"] for r in records)
-    assert len(set(opened)) == 2 and len(decoded) == len(set(decoded)) == 2 * 32
+    assert len(opened) == len(set(opened)) == 2 and len(decoded) == len(set(decoded)) == 2 * 32
     # 32 candidates of each video, the clips that only the first arm shows, and one to count the tower's products
     assert sum(encoded) == 2 * (32 + 8) + 4
 
@@ -99,7 +99,9 @@ def test_frames_and_clips_are_computed_once_a_video(run, monkeypatch):
 def test_qc_comp_runs_each_chunk_once_for_all_questions(run, monkeypatch):
     passes, prefill_video = [], xcomp.Decoder.prefill_video
     monkeypatch.setattr(
-        xcomp.Decoder, "prefill_video", lambda self, tokens, ids: passes.append(len(tokens)) or prefill_video(self, tokens, ids)
+        xcomp.Decoder,
+        "prefill_video",
+        lambda self, tokens, ids: passes.append(len(tokens)) or prefill_video(self, tokens, ids),
     )
     folder = compare(parse_config({**run, "arms": [ARMS[3]]}, "x"))
     shown = {(r["video"], tuple(r["frames"])) for r in read(folder)}

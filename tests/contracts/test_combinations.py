@@ -51,7 +51,10 @@ def selectors(tmp_path_factory):
 def test_every_backbone_answers_under_every_compressor(backbone, compressor, backbones, videos):
     """Alone, as a batch, and from a stored video where the rule does not need the question."""
     model, rule = backbones[backbone], xcomp.load_compressor(compressor)
-    decoder, tokens = xcomp.Decoder(model, rule), [model.encode(model.preprocess(frames)) for frames in videos[backbone]]
+    decoder, tokens = (
+        xcomp.Decoder(model, rule),
+        [model.encode(model.preprocess(frames)) for frames in videos[backbone]],
+    )
     prompts = [model.prompt(text, ShownVideo(4.0, len(pixels))) for text, pixels in zip(("Why?", QUESTION), tokens)]
     before, after = [p.prefix_ids for p in prompts], [p.suffix_ids for p in prompts]
     batch = decoder.prefill(tokens, before, after)
@@ -76,7 +79,9 @@ def test_every_selector_picks_frames_for_every_pair(backbone, compressor, select
     for frames in videos[backbone]:
         scores = torch.zeros(len(frames))
         if chooser.uses_video:
-            queries = [FrameQuery(text, model.prompt(text, ShownVideo(4.0, len(frames)))) for text in (QUESTION, "Why?")]
+            queries = [
+                FrameQuery(text, model.prompt(text, ShownVideo(4.0, len(frames)))) for text in (QUESTION, "Why?")
+            ]
             with video_of(frames, model) as video:
                 found = chooser.score(video, queries, rule)
             for scores in found:

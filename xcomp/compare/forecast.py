@@ -96,8 +96,9 @@ def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -
     stored = [layer.keys for layer in layers]
     found.tokens_per_layer = [keys - prefix for keys in stored]
     question = appended_layers(stored, suffix)
-    prefill, asked = pass_cost(shape, layers, kv_value_bytes=size), pass_cost(
-        shape, question, head_positions=1, kv_value_bytes=size
+    prefill, asked = (
+        pass_cost(shape, layers, kv_value_bytes=size),
+        pass_cost(shape, question, head_positions=1, kv_value_bytes=size),
     )
     found.kv_bytes = prefill.kv_bytes + asked.kv_bytes
     found.weight_bytes = sum(parameter.numel() for parameter in backbone.parameters()) * size

@@ -243,9 +243,7 @@ class Panel(L.LightningModule):
             return [error] * len(asked)
 
     def _records(self, video: VideoInFlight, done: dict[str, list], peaks: dict[str, dict[str, int]]) -> list[Record]:
-        works = {
-            (arm, q.id): out.work for arm, pairs in done.items() for q, out in pairs if isinstance(out, Answer)
-        }
+        works = {(arm, q.id): out.work for arm, pairs in done.items() for q, out in pairs if isinstance(out, Answer)}
         costs, info = shares(works), video.known
         waiting = video.ledger.seconds_waiting / max(1, len(works))
         lines = []

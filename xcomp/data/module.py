@@ -130,9 +130,7 @@ class ConversationData(L.LightningDataModule):
         conversations = load_conversations(sources, c.plugins, where)
         for count in sorted({*c.tune.frames, *(n for conversation in conversations for n in conversation.frames)}):
             self.backbone.check_frames(count)
-        return ConversationDataset(
-            conversations, self.backbone, frames=c.tune.frames, sampling=c.sampling, seed=c.seed
-        )
+        return ConversationDataset(conversations, self.backbone, frames=c.tune.frames, sampling=c.sampling, seed=c.seed)
 
     def _loader(self, kind: type[DataLoader], dataset: ConversationDataset, **options: Any) -> DataLoader:
         workers = self.config.tune.num_workers
