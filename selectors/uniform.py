@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xcomp.sampling import uniform_indices
 from xcomp.selector import FrameSelector
-from xcomp.video import uniform_indices
 
 
 class Uniform(FrameSelector):

@@ -247,7 +247,8 @@ def _generation_rules(g: Generation) -> list[tuple[bool, str]]:
 
 
 def _check_sampling(sampling: Sampling, where: str) -> None:
-    from xcomp.video import READERS, sample_indices  # imports torch: not before all else holds
+    from xcomp.sampling import sample_indices
+    from xcomp.video import READERS  # imports torch: not before all else holds
 
     if sampling.reader not in READERS:
         raise ConfigError(f"config '{where}': sampling.reader is '{sampling.reader}'; readers: {', '.join(READERS)}")

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from xcomp.backbone import Backbone, ShownVideo
 from xcomp.config import RunConfig, Sampling
 from xcomp.data.records import Conversation, TokenisedConversation, load_conversations, tokenise
-from xcomp.video import Video, check_budget, sample_indices, uniform_indices
+from xcomp.sampling import sample_indices, uniform_indices
+from xcomp.video import Video, check_budget
 
 
 @dataclass
