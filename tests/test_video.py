@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
 import sys
 from pathlib import Path
 
 import av
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -59,36 +63,28 @@ def test_readers_agree(mp4: Path) -> None:
     assert (decord - pyav).abs().max() <= 2  # two builds of FFmpeg convert YUV to RGB
 
 
-@pytest.mark.parametrize(
-    ("name", "codec", "options", "rate"),
-    [
-        ("clip.avi", "mpeg4", {"bf": "2"}, 8),
-        ("clip.ts", "libx264", {"g": "10"}, 8),
-        ("clip.mpg", "mpeg2video", {"bf": "2"}, 25),
-        ("clip.gif", "gif", {}, 8),
-        ("clip.mkv", "libx264", {"bf": "2"}, 8),
-    ],
-)
-def test_automatic_reader_finds_the_right_frames(
-    tmp_path: Path, name: str, codec: str, options: dict, rate: int
-) -> None:
-    with Video(encode(tmp_path / name, codec, options, rate)) as video:
-        assert video.num_frames == NUM_FRAMES
-        assert video.fps == (1 if codec == "gif" else rate)
-        assert numbers(video.frames([39, 3, 17, 0, 22])) == [39, 3, 17, 0, 22]
+def test_times_are_those_of_the_frames(mp4: Path) -> None:
+    with Video(mp4) as video:
+        assert video.times([4, 0, 39, 4]) == [0.5, 0.0, 4.875, 0.5]
+        assert video.times(torch.tensor([], dtype=torch.long)) == []
+        with pytest.raises(VideoError, match="no frame 40"):
+            video.times([40])
 
 
-def test_pyav_decodes_from_the_start_without_timestamps(mp4: Path) -> None:
-    video = Video(mp4, reader="av")
-    video._source._keys = []  # as in a file whose packets carry none
-    assert numbers(video.frames([30, 2])) == [30, 2]
+def test_what_serves_is_told(mp4: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (6, 4)).save(tmp_path / "frame_1.png")
+    with Video(mp4) as video:
+        assert (video.reader, video.reader_version, len(video)) == ("av", f"av {av.__version__}", NUM_FRAMES)
+    with Video(tmp_path) as video:
+        assert (video.reader, video.reader_version) == ("images", f"pillow {PIL.__version__}")
 
 
-def test_pyav_takes_over_where_decord_is_missing(mp4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "decord", None)
+@pytest.mark.parametrize("reader", ["decord", "torchcodec"])
+def test_a_missing_reader_is_named(mp4: Path, monkeypatch: pytest.MonkeyPatch, reader: str) -> None:
+    monkeypatch.setitem(sys.modules, reader, None)
     assert Video(mp4).reader == "av"
-    with pytest.raises(VideoError, match="decord"):
-        Video(mp4, reader="decord")
+    with pytest.raises(VideoError, match=f"{reader} cannot read it .*; use reader: av or auto"):
+        Video(mp4, reader=reader)
 
 
 def test_image_folder(tmp_path: Path) -> None:
@@ -150,8 +146,99 @@ def test_video_without_frames(tmp_path: Path, reader: str) -> None:
 
 
 def test_folder_without_images(tmp_path: Path) -> None:
-    with pytest.raises(VideoError, match="no frames"):
+    (tmp_path / "notes.txt").touch()
+    os.mkfifo(tmp_path / "frame_1.png")
+    with pytest.raises(VideoError, match=r"folder has no frames: no images named \*_<number>.jpg or .png"):
         Video(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "pipe in disguise"])
+def test_what_is_neither_file_nor_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """To open them would be to wait for ever."""
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    path = Path("clip.mp4")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    elif kind == "device":
+        path = Path("/dev/zero")
+    else:
+        os.mkfifo("pipe")
+        path.symlink_to("pipe")
+    with pytest.raises(VideoError, match="neither a file nor a folder"):
+        Video(path)
+
+
+@pytest.mark.parametrize("name", ["col:on.mp4", "http:x.mp4", "per%03dcent.mp4", "sp ace.mp4", "-dash.mp4", "film"])
+def test_names_that_mean_something_to_ffmpeg(
+    mp4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shutil.copy(mp4, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with Video(name) as video:
+        assert numbers(video.frames([30, 3])) == [30, 3]
+
+
+def test_names_that_are_no_text(mp4: Path, tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/clip\xff\n.mp4")
+    with pytest.raises(VideoError) as caught:
+        Video(path)
+    assert str(caught.value).encode().endswith(rb"clip\udcff\n.mp4: no such file or folder")
+    shutil.copy(mp4, path)
+    with Video(path) as video:
+        assert numbers(video.frames([30])) == [30]
+        with pytest.raises(VideoError) as caught:
+            video.frames([40])
+    assert "\n" not in str(caught.value) and str(caught.value).encode()
+
+
+@pytest.mark.parametrize(("name", "reason"), [("x" * 300, "name too long"), ("a\0b", "null")])
+def test_names_that_cannot_be(name: str, reason: str) -> None:
+    with pytest.raises(VideoError, match=rf"cannot be opened \(.*{reason}") as caught:
+        Video(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(mp4: Path, tmp_path: Path) -> None:
+    path = tmp_path / "closed.mp4"
+    shutil.copy(mp4, path)
+    path.chmod(0)
+    with pytest.raises(VideoError, match="no permission to read it"):
+        Video(path)
+
+
+def test_no_permission_asked_of_the_system(mp4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(VideoError, match="no permission to read it"):
+        Video(mp4)
+
+
+def test_titles_that_are_no_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "caf#"
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        picture = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+        container.mux([*stream.encode(picture), *stream.encode()])
+    path.write_bytes(path.read_bytes().replace(b"caf#", b"caf\xe9"))
+    assert len(Video(path)) == 1
+
+
+def test_closed_while_reading(mp4: Path) -> None:
+    video = Video(mp4)
+    pictures = video.read([1, 2, 3])
+    assert next(pictures)[0] == 1
+    video.close()
+    with pytest.raises(VideoError, match="closed"):
+        next(pictures)
+
+
+def test_threads_are_at_least_one(mp4: Path) -> None:
+    with pytest.raises(ValueError, match="threads=0 must be at least 1"):
+        Video(mp4, threads=0)
 
 
 def test_images_of_different_sizes(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class Sampling:
     max_frames: int = 512
     multiple: int = 8
     style: str = "videochat_flash"  # or xcomp: how videos with too few frames are filled
-    reader: str = "auto"  # auto, decord, av
+    reader: str = "auto"  # auto, decord, av, torchcodec
 
 
 @dataclass
@@ -247,8 +247,8 @@ def _generation_rules(g: Generation) -> list[tuple[bool, str]]:
 
 
 def _check_sampling(sampling: Sampling, where: str) -> None:
+    from xcomp.readers import READERS
     from xcomp.sampling import sample_indices
-    from xcomp.video import READERS  # imports torch: not before all else holds
 
     if sampling.reader not in READERS:
         raise ConfigError(f"config '{where}': sampling.reader is '{sampling.reader}'; readers: {', '.join(READERS)}")
