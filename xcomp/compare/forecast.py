@@ -30,7 +30,6 @@ from xcomp.contract import check_questions, name_of
 from xcomp.cost import LLMShape, appended_layers, paper_layers, pass_cost, planned_layers
 from xcomp.decoding import DecodingPool, VideoInfo
 from xcomp.registry import configure
-from xcomp.sampling import sample_indices
 from xcomp.schedule import keep_slots, token_counts
 from xcomp.selector import FrameQuery
 from xcomp.video import VideoError
@@ -122,8 +121,7 @@ def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -
 
 def nominal_video(config: RunConfig, seconds: float, fps: float = 30.0) -> VideoInfo:
     """A video of so many seconds that is nowhere, as the sampling rule takes it."""
-    rule = {key: value for key, value in vars(config.sampling).items() if key != "reader"}
-    candidates = tuple(sample_indices(max(1, round(seconds * fps)), fps, **rule))
+    candidates = tuple(config.sampling.candidates(max(1, round(seconds * fps)), fps))
     times = tuple(frame / fps for frame in candidates)
     return VideoInfo("", round(seconds * fps), fps, seconds, "none", "none", candidates, times)
 
