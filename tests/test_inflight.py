@@ -104,7 +104,7 @@ def test_kept_pixels_stay_within_their_budget(backbone, pieces):
     budget = PixelBudget(Memory(pixels=pieces * piece / GIGABYTE))
     pool = Pool()
     with VideoInFlight("v", backbone, pool, budget=budget) as video:
-        for round_number in range(2):
+        for _ in range(2):
             for frame in range(COUNT):
                 assert torch.equal(video.pixels([frame]), backbone.pixel_format.resize(FRAMES[[frame]]))
                 held = sum(p.arrays[0].nbytes for p in set(video._frames._pieces.values()) if p.arrays)
