@@ -151,6 +151,7 @@ class QCComp(FrameSelector):
                     scores, macs = self._clip_scores(decoder, chunk, query.prompt, layers)
                     query.work.macs += macs
                     total.add(frames, scores[list(layers)], self.config.clip_frames)
+        video.release_states()
         return [total.frame_scores() for total in totals]
 
     @torch.no_grad()

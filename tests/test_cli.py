@@ -190,7 +190,7 @@ MISTAKES = {
         "text.mp4: not a readable video",
     ),
     "empty video": ("ask empty.mp4 What? --config run.yaml", "empty.mp4: not a readable video"),
-    "folder without images": ("ask runs What? --config run.yaml", "runs: video has no frames"),
+    "folder without images": ("ask runs What? --config run.yaml", "runs: folder has no frames: no images named"),
     "one option": ("ask VIDEO What? --options A --config run.yaml", "a question has 1 options; it must have 2..26"),
     "missing config": ("tune rum.yaml", "config 'rum.yaml' does not exist"),
     "config that is no YAML": ("tune torn.yaml", "config 'torn.yaml' cannot be read: while parsing a flow sequence"),

@@ -187,6 +187,7 @@ class Answerer:
                 found = self._batch(video, [queries[i] for i in batch], [choices[i] for i in batch], streamer)
                 for number, outcome in zip(batch, found):
                     outcomes[number] = outcome
+            video.release_states()
             video.advance()
         return outcomes
 

@@ -189,6 +189,8 @@ class DecodingPool:
             self._pool.stop()
             self._pool.join()
             self._pool = None
+        while _opened:
+            _opened.popitem()[1].close()
 
     def __enter__(self) -> DecodingPool:
         return self

@@ -65,7 +65,8 @@ class VideoInFlight:
         self.following: VideoInFlight | None = None  # the next one, decoded ahead while this one is asked
         self._frames = _Frames(self.path, pool, budget or PixelBudget(self.memory), self.ledger)
         self._tokens = _Kept(int(self.memory.tokens * GIGABYTE))
-        self._states = _Kept(int(self.memory.states * GIGABYTE) if keep_states else 0)
+        self._states = _Kept(int(self.memory.states * GIGABYTE) if keep_states else 0, at_least=1)
+        self._keep_states = keep_states
         self._opening: Pending = pool.inspect(self.path)
         self._info: VideoInfo | None = None
         self._opened: Work | None = None
@@ -192,7 +193,7 @@ class VideoInFlight:
         return torch.stack([found[key, frame] for frame in frames])
 
     def state(self, key: Hashable, stage: str, compute: Callable[[Work], Any]) -> Any:
-        """What ``compute`` makes of the language model's pass over (part of) the video, kept if there is room.
+        """What ``compute`` makes of the language model's pass over (part of) the video; at least the last is kept.
 
         The result is a :class:`xcomp.decoder.State`; whoever goes on from it forks it first.
         """
@@ -203,6 +204,11 @@ class VideoInFlight:
             size = sum(t.nbytes for layer in state.cache.layers for t in (layer.keys, layer.values))
             self._states.put(key, state, size, work)
         return found[key]
+
+    def release_states(self) -> None:
+        """Let go of passes that no further question is going to be put behind, unless they are kept for such."""
+        if not self._keep_states:
+            self._states.clear()
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -226,10 +232,13 @@ class VideoInFlight:
 
 
 class _Kept:
-    """Things by key up to a number of bytes, and the work that each took. The oldest go first."""
+    """Things by key up to a number of bytes, and the work that each took. The oldest go first.
 
-    def __init__(self, limit: int):
-        self.limit, self.used = limit, 0
+    ``at_least`` so many are kept whatever their size.
+    """
+
+    def __init__(self, limit: int, at_least: int = 0):
+        self.limit, self.at_least, self.used = limit, at_least, 0
         self._items: OrderedDict[Hashable, tuple[Any, int, Work]] = OrderedDict()
 
     def take(self, key: Hashable, ledger: Ledger, found: dict[Hashable, Any]) -> bool:
@@ -241,11 +250,11 @@ class _Kept:
         return True
 
     def put(self, key: Hashable, thing: Any, size: int, work: Work) -> None:
-        if size > self.limit:
+        if size > self.limit and not self.at_least:
             return
         self._items[key] = thing, size, work
         self.used += size
-        while self.used > self.limit:
+        while self.used > self.limit and len(self._items) > self.at_least:
             self.used -= self._items.popitem(last=False)[1][1]
 
     def clear(self) -> None:

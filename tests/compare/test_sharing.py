@@ -13,6 +13,7 @@ import yaml
 from xcomp.backbones.videochat_flash import VideoChatFlash
 
 import xcomp
+from xcomp.answering import Answerer
 from xcomp.compare.runner import compare
 from xcomp.compare.tasks import VideoTask, share_out
 from xcomp.config import parse_config
@@ -88,12 +89,14 @@ def test_frames_and_clips_are_computed_once_a_video(run, monkeypatch):
     monkeypatch.setattr(Video, "__init__", watched_start)
     monkeypatch.setattr(Video, "read", watched_read)
     monkeypatch.setattr(VideoChatFlash, "encode", lambda self, p: encoded.append(len(p)) or encode(self, p))
+    monkeypatch.setattr(Answerer, "warm_up", lambda self: None)
+    monkeypatch.setattr(VideoChatFlash, "clip_macs", lambda self, size: 1)
     arms = [ARMS[0], {"name": "all", "frames": 32}, {"name": "all pooled", "compressor": "avg_pool", "frames": 32}]
     records = read(compare(parse_config({**run, "arms": arms}, "x")))
     assert len(records) == 3 * 8 and not any(r["error"] for r in records)
     assert len(opened) == len(set(opened)) == 2 and len(decoded) == len(set(decoded)) == 2 * 32
-    # 32 candidates of each video, the clips that only the first arm shows, and one to count the tower's products
-    assert sum(encoded) == 2 * (32 + 8) + 4
+    # 32 candidates of each video, and the clips that only the first arm shows
+    assert sum(encoded) == 2 * (32 + 8)
 
 
 def test_qc_comp_runs_each_chunk_once_for_all_questions(run, monkeypatch):

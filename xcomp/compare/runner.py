@@ -77,12 +77,13 @@ class Comparison:
             if not any(map(self.open_tasks, self.groups.values())):
                 return report(folder)
         with ExitStack() as stack:
+            if trainer.is_global_zero:
+                stack.enter_context(hold_run(folder))
             ranks = max(1, trainer.world_size // max(1, trainer.num_nodes))
             pool = stack.enter_context(DecodingPool(config.decoding, config.sampling, ranks=ranks))
             panels = self._build(trainers)
             self._read_questions()
             if trainer.is_global_zero:
-                stack.enter_context(hold_run(folder))
                 about = {"name": config.benchmark, "num_questions": len(self.questions)}
                 described = [arm.description for arm in self.arms]
                 open_run(config, self.kind, arms=described, benchmark=about)
