@@ -199,8 +199,8 @@ MISTAKES = {
         "belongs to a different config: frames was 4, now 8; choose another 'name', or delete the folder",
     ),
     "another tuning's folder": (
-        "tune run.yaml name=old-tune tune.steps=2",
-        "belongs to a different config: tune.steps was 1, now 2; choose another 'name'",
+        "tune run.yaml name=old-tune tune.batch_size=2",
+        "belongs to a different config: tune.batch_size was 1, now 2; choose another 'name'",
     ),
     "another command's folder": (
         "tune run.yaml name=old-evaluate",
@@ -211,6 +211,7 @@ MISTAKES = {
         "trainer has no option 'max_stps'; did you mean 'max_steps'?",
     ),
     "refused trainer option": ("tune run.yaml trainer.precision=7", "trainer: Precision 7 is invalid"),
+    "unknown logger": ("tune run.yaml trainer.logger=wandbb", "trainer.logger is 'wandbb'; did you mean 'wandb'?"),
     "unknown trainer option, evaluating": ("evaluate run.yaml trainer.acelerator=cpu", "did you mean 'accelerator'?"),
     "refused trainer option, evaluating": (
         "evaluate run.yaml trainer.strategy=none",

@@ -18,6 +18,8 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressB
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from safetensors import SafetensorError
 
 from xcomp.config import ConfigError, RunConfig
 from xcomp.contract import check_methods
@@ -80,8 +82,18 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
     if stop.number is not None:  # in the last step
         raise stop.stopped(trainer)
     if trainer.is_global_zero:
-        model.backbone.save_pretrained(str(folder / "model"), dtype=config.tune.save_dtype)
+        _save_model(model, folder / "model", config.tune.save_dtype)
         note_run(folder, tuned={name: getattr(config.tune, name) for name in SAVED})
+
+
+def _save_model(model: VideoQA, folder: Path, dtype: str | None) -> None:
+    try:
+        model.backbone.save_pretrained(str(folder), dtype=dtype)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"model '{folder}' cannot be written: {reason}; once there is room the same command writes it"
+        ) from error
 
 
 # --- where a run stands -----------------------------------------------------------------------------------------------
@@ -135,7 +147,7 @@ def _tell(config: RunConfig, resume: Resume | None) -> None:
             f"{resume.path.name}",
             file=sys.stderr,
         )
-    if resume.steps not in (None, config.tune.steps):
+    if resume.steps not in (None, config.tune.steps) and resume.step < config.tune.steps:
         print(
             f"xcomp: tune.steps was {resume.steps}, now {config.tune.steps}: after step {resume.step} the learning "
             f"rate follows the schedule over {config.tune.steps} steps",
@@ -219,8 +231,10 @@ class StepBar(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not self._enabled:
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"))
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # or metrics would crowd out the numbers
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+        metrics = TextColumn("{task.fields[metrics]}", table_column=rest)
+        self._bar = Progress(*columns, TimeRemainingColumn(), metrics, expand=True)
         total = trainer.max_steps if trainer.max_steps > 0 else None
         self._training = self._bar.add_task("step", total=total, completed=trainer.global_step, metrics="")
         self._bar.start()
