@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -208,6 +209,7 @@ def test_wandb_is_handed_to_lightning(make, monkeypatch):
         asked.update(options)
         return CSVLogger(options["save_dir"], name="wandb")
 
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
     monkeypatch.setattr("xcomp.tuning.WandbLogger", logger)
     folder = run(make("run", {"trainer": {"logger": ["wandb", "none"]}}, steps=1)).parent
     assert asked == {"name": "run", "save_dir": folder, "project": "xcomp"} and list(folder.glob("wandb/*/metrics.csv"))
@@ -217,8 +219,8 @@ def test_wandb_is_handed_to_lightning(make, monkeypatch):
 def test_a_logger_whose_package_is_not_there_is_one_line(make, tmp_path, capsys):
     (tmp_path / "tune.yaml").write_text(yaml.safe_dump(make("run")))
     assert main(["tune", str(tmp_path / "tune.yaml"), "trainer.logger=wandb"]) == 2
-    line = "xcomp: error: trainer.logger 'wandb' needs the package wandb: pip install wandb\n"
-    assert capsys.readouterr().err == line
+    line = "trainer.logger 'wandb' needs the package wandb (No module named 'wandb'): pip install wandb\n"
+    assert capsys.readouterr().err == f"xcomp: error: {line}"
     assert not (tmp_path / "runs").exists()
 
 

@@ -6,6 +6,7 @@ checkpoint folder that ``checkpoint:`` in any configuration can name.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from contextlib import nullcontext
@@ -210,9 +211,10 @@ def _loggers(config: RunConfig) -> list[Logger]:
 
 def _wandb(config: RunConfig) -> Logger:
     try:
-        return WandbLogger(name=config.name, save_dir=config.folder, project="xcomp")
-    except ModuleNotFoundError as error:
-        raise ConfigError("trainer.logger 'wandb' needs the package wandb: pip install wandb") from error
+        importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(f"trainer.logger 'wandb' needs the package wandb ({error}): pip install wandb") from error
+    return WandbLogger(name=config.name, save_dir=config.folder, project="xcomp")
 
 
 class StepBar(ProgressBar):
