@@ -119,6 +119,23 @@ def test_a_stopped_run_goes_on_to_the_weights_of_an_uninterrupted_one(make, stop
         assert logged(whole.parent, "validation/loss") == logged(resumed.parent, "validation/loss") != {}
 
 
+@pytest.mark.parametrize("stop, options", [(3, {}), (5, {}), (5, {"num_workers": 1, "validation": True})])
+def test_random_numbers_in_a_step_are_those_of_an_uninterrupted_run(make, stop_before, monkeypatch, stop, options):
+    """Of dropout, for one, which the models that are built in do without."""
+    loss = VideoQA._loss
+    noisy = lambda self, batch: tuple(value * (0.5 + torch.rand(())) for value in loss(self, batch))  # noqa: E731
+    monkeypatch.setattr(VideoQA, "_loss", noisy)
+    whole = run(make("whole"))
+    restore = stop_before(stop)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(make("stopped"))
+    restore()
+    resumed = run(make("stopped", **options))
+    assert same(weights(resumed), weights(whole)) and logged(resumed.parent) == logged(whole.parent)
+    monkeypatch.setattr(VideoQA, "_loss", loss)
+    assert not same(weights(run(make("quiet"))), weights(whole))
+
+
 def test_the_order_of_the_data_matters_here(make):
     """Or the test above would pass whatever the order."""
     assert not same(weights(run(make("one"))), weights(run(make("two", {"seed": 1}))))

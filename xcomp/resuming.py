@@ -186,6 +186,20 @@ class StopAtStep(Callback):
         return f"the same command resumes after step {trainer.global_step}"
 
 
+class StepSeed(Callback):
+    """Random numbers of a batch (dropout) follow from the run's seed, the batch's number and the rank.
+
+    A checkpoint then needs no generator's state, which would differ with the number of workers and of validations.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        number = trainer.fit_loop.total_batch_idx  # over all epochs
+        torch.manual_seed(hash((self.seed, number, trainer.global_rank)) & 0x7FFFFFFF)
+
+
 class StepCheckpoints(Checkpoint):
     """A checkpoint every so many optimizer steps, at the last one, and where a run is stopped.
 

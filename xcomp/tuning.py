@@ -30,6 +30,7 @@ from xcomp.registry import nearest
 from xcomp.resuming import (
     Resume,
     StepCheckpoints,
+    StepSeed,
     StopAtStep,
     WholeCheckpoints,
     clear_leftovers,
@@ -163,7 +164,7 @@ def tuning_trainer(config: RunConfig, stop: StopAtStep) -> L.Trainer:
     """The Trainer of a tuning run; ``config.trainer`` overrides its arguments."""
     given = {name: value for name, value in config.trainer.items() if name != "logger"}
     loggers = _loggers(config)
-    callbacks: list[Callback] = [stop]
+    callbacks: list[Callback] = [stop, StepSeed(config.seed)]
     if given.get("enable_checkpointing", True):
         callbacks.append(StepCheckpoints(config.folder, config.tune.save_every, config.tune.steps, stop))
     if loggers:
