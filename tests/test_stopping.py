@@ -86,6 +86,29 @@ def test_a_signal_stops_tuning_with_a_checkpoint_after_the_step(
     assert bool(logged(stopped[1], "validation/loss")) == bool(options.get("validation"))
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_signal_in_a_validation_has_a_checkpoint_written_at_once(make, monkeypatch, batch):
+    """The time that a batch system gives may be over before the validation is."""
+    whole, stopped = make("whole", validation=True), make("stopped", validation=True)
+    assert main(["tune", str(whole[0])]) == 0
+    validate, there = VideoQA.validation_step, []
+
+    def validation_step(self, *args):
+        if not self.trainer.sanity_checking:
+            there.append(checkpoints(stopped[1]))
+            if len(there) == batch:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, *args)
+
+    monkeypatch.setattr(VideoQA, "validation_step", validation_step)
+    assert main(["tune", str(stopped[0])]) == 143
+    assert there == [[]] * batch + [["step=4.ckpt"]] * (4 - batch) and checkpoints(stopped[1]) == ["step=4.ckpt"]
+    assert main(["tune", str(stopped[0])]) == 0
+    assert same(weights(stopped[1] / "model"), weights(whole[1] / "model"))
+    for column in ("train/loss", "validation/loss"):
+        assert logged(stopped[1], column) == logged(whole[1], column) != {}
+
+
 def test_sigterm_twice_is_sigterm_once(make, signal_in):
     """To a process and to its group: ``timeout`` and some batch systems do that."""
     path, folder = make("twice")

@@ -119,6 +119,26 @@ def test_a_stopped_run_goes_on_to_the_weights_of_an_uninterrupted_one(make, stop
         assert logged(whole.parent, "validation/loss") == logged(resumed.parent, "validation/loss") != {}
 
 
+@pytest.mark.parametrize(
+    "stops, options, top",
+    [
+        ((4, 4), {}, {}),  # at the ends of two epochs in turn, after which Lightning by itself loses count of them
+        ((5, 5), {"validation": True}, {}),
+        ((1, 2, 2, 2), {"save_every": 1}, {"trainer": {"accumulate_grad_batches": 2}}),
+        ((4, 6, 0), {"save_every": 3, "batch_size": 3}, {}),
+    ],
+)
+def test_a_run_stopped_several_times_goes_on_to_the_same_weights(make, stop_before, stops, options, top):
+    whole = run(make("whole", top, steps=10, **options))
+    for stop in stops:
+        restore = stop_before(stop)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(make("stopped", top, steps=10, **options))
+        restore()
+    resumed = run(make("stopped", top, steps=10, **options))
+    assert same(weights(resumed), weights(whole)) and logged(resumed.parent) == logged(whole.parent)
+
+
 @pytest.mark.parametrize("stop, options", [(3, {}), (5, {}), (5, {"num_workers": 1, "validation": True})])
 def test_random_numbers_in_a_step_are_those_of_an_uninterrupted_run(make, stop_before, monkeypatch, stop, options):
     """Of dropout, for one, which the models that are built in do without."""
