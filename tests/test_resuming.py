@@ -89,7 +89,7 @@ def test_a_checkpoint_that_is_cut_off_is_passed_over(make, stopped, whole, tmp_p
     newest.write_bytes(bytes(len(content)) if size == "zeros" else content[:size])
     capfd.readouterr()
     assert resume(make("run"), tmp_path) == 0
-    line = "xcomp: checkpoint step=4.ckpt is cut off; resuming after step 2, from step=2.ckpt\n"
+    line = "xcomp: checkpoint step=4.ckpt is damaged; resuming after step 2, from step=2.ckpt\n"
     assert capfd.readouterr().err == line
     assert same(weights(stopped / "model"), whole[0]) and logged(stopped) == whole[1]
     assert checkpoints(stopped) == ["step=4.ckpt", "step=6.ckpt"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from tuning_runs import checkpoints, logged, same, tuning_config, weights
 
 import xcomp
@@ -219,6 +220,12 @@ def test_loggers_and_checkpoints_can_be_left_out(make, option):
     folder = run(make("run", {"trainer": option}, steps=1)).parent
     assert (folder / "model").is_dir() and (folder / "logs").exists() == option.get("logger", True)
     assert not (folder / "checkpoints").exists() or option.get("enable_checkpointing", True)
+
+
+def test_a_strategy_with_checkpoints_of_its_own_is_refused(make, monkeypatch):
+    monkeypatch.setattr("xcomp.tuning.ModelParallelStrategy", SingleDeviceStrategy)  # the real ones need more devices
+    with pytest.raises(ConfigError, match="reading SingleDeviceStrategy's checkpoints may run code; use ddp"):
+        run(make("run"))
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ class WholeCheckpoints(CheckpointIO):
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """The OSError behind an error of torch's zip writer, which reports but its own confusion."""
+    """The OSError behind an error of torch's zip writer, which itself reports a wrong position."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
@@ -156,7 +156,7 @@ class StopAtStep(Callback):
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # SIGTERM is often sent twice, to a process and to its group; who means it, sends SIGKILL.
+        # SIGTERM is often sent twice, to a process and to its group; stopping at once is what SIGKILL is for.
         if self.number is not None and number == signal.SIGINT and time.monotonic() - self._when > 1:
             raise Stopped(number)
         if self.number is None:

@@ -81,7 +81,7 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
             trainer.fit(model, datamodule=data, ckpt_path=resume and str(resume.path), weights_only=True)
     except MisconfigurationException as error:  # an option that fits no data like these
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-    if stop.number is not None:  # in the last step
+    if stop.number is not None and trainer.checkpoint_callbacks:  # in the last step, after which one was written
         raise stop.stopped(trainer)
     if trainer.is_global_zero:
         _save_model(model, folder / "model", config.tune.save_dtype)
@@ -145,7 +145,7 @@ def _tell(config: RunConfig, resume: Resume | None) -> None:
         return
     if resume.damaged:
         print(
-            f"xcomp: checkpoint {', '.join(resume.damaged)} is cut off; resuming after step {resume.step}, from "
+            f"xcomp: checkpoint {', '.join(resume.damaged)} is damaged; resuming after step {resume.step}, from "
             f"{resume.path.name}",
             file=sys.stderr,
         )
