@@ -86,9 +86,8 @@ ARCHITECTURE = {
 }
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer(tmp_path_factory):
-    """Folder of a byte-level tokenizer of Qwen2's form with a few words, trained on the spot."""
+def write_tokenizer(folder):
+    """A byte-level tokenizer of Qwen2's form with a few words, trained on the spot."""
     from transformers import Qwen2Tokenizer
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -98,24 +97,33 @@ def tiny_tokenizer(tmp_path_factory):
         tokenizer_object=trained.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
     tokenizer.add_special_tokens({"additional_special_tokens": special})
-    folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory, tiny_tokenizer):
-    """Folder of a random VideoChat-Flash of two layers, as ``save_pretrained`` writes it."""
+def write_checkpoint(folder, tokenizer):
+    """A random VideoChat-Flash of two layers, as ``save_pretrained`` writes it."""
     import xcomp
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         backbone = xcomp.load_backbone(
-            "videochat_flash", architecture=ARCHITECTURE, tokenizer=str(tiny_tokenizer), attn_implementation="sdpa"
+            "videochat_flash", architecture=ARCHITECTURE, tokenizer=str(tokenizer), attn_implementation="sdpa"
         )
-    folder = tmp_path_factory.mktemp("checkpoint") / "model"
     backbone.save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory):
+    """Folder of a small tokenizer."""
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, tiny_tokenizer):
+    """Folder of a random VideoChat-Flash of two layers."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -212,6 +212,7 @@ MISTAKES = {
         "trainer has no option 'max_stps'; did you mean 'max_steps'?",
     ),
     "refused trainer option": ("tune run.yaml trainer.precision=7", "trainer: Precision 7 is invalid"),
+    "unknown logger": ("tune run.yaml trainer.logger=wandbb", "trainer.logger is 'wandbb'; did you mean 'wandb'?"),
     "unknown trainer option, evaluating": ("evaluate run.yaml trainer.acelerator=cpu", "did you mean 'accelerator'?"),
     "refused trainer option, evaluating": (
         "evaluate run.yaml trainer.strategy=none",

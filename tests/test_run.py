@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
+import signal
+import time
 
 import pytest
 
 from xcomp.config import ConfigError, load_config, parse_config
-from xcomp.run import check_run, make_trainer, open_run
+from xcomp.run import FREE_KEYS, check_run, hold_run, make_trainer, open_run, whole_file
 
 
 @pytest.fixture
@@ -71,6 +74,74 @@ def test_a_place_that_cannot_be_written_is_refused(make, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=f"cannot be made: '{tmp_path}' is not writable"):
         open_run(make(), "evaluate")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_what_may_change_depends_on_the_command(make, monkeypatch):
+    monkeypatch.setitem(FREE_KEYS, "evaluate", ("frames", "tune.frames"))
+    open_run(make(frames=4), "evaluate")
+    folder = open_run(make(frames=[8, 16], tune={"frames": [4]}), "evaluate")
+    assert json.loads((folder / "run.json").read_text())["config"]["frames"] == [8, 16]  # what it is now
+    with pytest.raises(ConfigError, match="different config: tune.steps was 1000, now 2"):
+        check_run(make(frames=4, tune={"steps": 2}), "evaluate")
+    monkeypatch.setitem(FREE_KEYS, "evaluate", ("tune.frames", "tune.step"))  # names, not how they begin
+    with pytest.raises(ConfigError, match="different config: tune.steps was 1000, now 2"):
+        check_run(make(frames=[8, 16], tune={"steps": 2}), "evaluate")
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "file"
+    with whole_file(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+    with pytest.raises(ZeroDivisionError), whole_file(path) as file:
+        file.write(b"two")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"one" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_held_by_one(tmp_path):
+    folder = tmp_path / "runs" / "run"
+    with hold_run(folder):
+        (folder / "run.json").touch()
+        with pytest.raises(ConfigError, match=f"run' is in use by process {os.getpid()} on .* since 20"):
+            with hold_run(folder):
+                pytest.fail("held twice")
+        (folder / ".holder.json").write_text("{")  # just being written
+        with pytest.raises(ConfigError, match="run' is in use by another process"):
+            with hold_run(folder):
+                pytest.fail("held twice")
+    with hold_run(folder):
+        pass
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "run.json"]
+
+
+def test_a_hold_leaves_no_folders_that_nothing_was_put_into(tmp_path):
+    with pytest.raises(ZeroDivisionError), hold_run(tmp_path / "runs" / "run"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with hold_run(tmp_path / "runs" / "run"):
+        shutil.rmtree(tmp_path / "runs")  # by someone else
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
+def test_a_hold_ends_with_its_process_not_with_that_ones_workers(tmp_path):
+    if (child := os.fork()) == 0:
+        with hold_run(tmp_path / "run"):
+            if os.fork() == 0:
+                time.sleep(60)
+                os._exit(0)
+            (tmp_path / "forked").touch()
+            time.sleep(60)
+    while not (tmp_path / "forked").exists():
+        time.sleep(0.01)
+    with pytest.raises(ConfigError, match=f"in use by process {child} on"):
+        with hold_run(tmp_path / "run"):
+            pytest.fail("held twice")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with hold_run(tmp_path / "run"):
+        pass
 
 
 def test_trainer_options_override_defaults():

@@ -1,6 +1,5 @@
 """Ending by a signal: status, one line, a checkpoint where the run stands, and the same bits once it goes on."""
 
-import csv
 import os
 import signal
 import subprocess
@@ -8,9 +7,8 @@ import sys
 import time
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
+from tuning_runs import checkpoints, logged, same, tuning_config, weights
 
 from xcomp.cli import main
 from xcomp.config import parse_config
@@ -26,34 +24,13 @@ def make(tmp_path, tiny_run, needle_videos):
     """A tuning configuration, 4 batches an epoch, written to a YAML file: (its path, the run's folder)."""
 
     def make(name, trainer=None, **options):
-        needle = {"name": "needle", "split": "train", **needle_videos}
-        settings = {"data": [{"benchmark": needle, "tasks": ["open"]}], "frames": [4, 8], "steps": 6, "batch_size": 2}
-        settings |= {"learning_rate": 1e-3, "save_every": 100, "num_workers": 0, **options}
-        if options.get("validation"):
-            settings["validation"] = settings["data"]
-        trainer = {**tiny_run["trainer"], "log_every_n_steps": 1, **(trainer or {})}
+        options = {"save_every": 100, **options}
+        content = tuning_config(tiny_run, needle_videos, name, {"trainer": trainer or {}}, **options)
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({**tiny_run, "name": name, "tune": settings, "trainer": trainer}))
+        path.write_text(yaml.safe_dump(content))
         return path, tmp_path / "runs" / name
 
     return make
-
-
-def checkpoints(folder):
-    return sorted(path.name for path in (folder / "checkpoints").glob("*"))
-
-
-def same(first, second):
-    first, second = (load_file(folder / "model" / "model.safetensors") for folder in (first, second))
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def logged(folder, column):
-    found = {}
-    for path in sorted(folder.glob("logs/version_*/metrics.csv")):
-        with path.open() as file:
-            found |= {int(row["step"]): row[column] for row in csv.DictReader(file) if row.get(column)}
-    return found
 
 
 @pytest.fixture
@@ -102,11 +79,34 @@ def test_a_signal_stops_tuning_with_a_checkpoint_after_the_step(
     ]
     assert checkpoints(stopped[1]) == [f"step={step}.ckpt"] and not (stopped[1] / "model").exists()
     assert main(["tune", str(stopped[0])]) == 0
-    assert same(stopped[1], whole[1])
+    assert same(weights(stopped[1] / "model"), weights(whole[1] / "model"))
     for column in ("train/loss", "validation/loss"):
         assert logged(stopped[1], column) == logged(whole[1], column)
     assert len(logged(stopped[1], "train/loss")) >= 3
     assert bool(logged(stopped[1], "validation/loss")) == bool(options.get("validation"))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_signal_in_a_validation_has_a_checkpoint_written_at_once(make, monkeypatch, batch):
+    """The time that a batch system gives may be over before the validation is."""
+    whole, stopped = make("whole", validation=True), make("stopped", validation=True)
+    assert main(["tune", str(whole[0])]) == 0
+    validate, there = VideoQA.validation_step, []
+
+    def validation_step(self, *args):
+        if not self.trainer.sanity_checking:
+            there.append(checkpoints(stopped[1]))
+            if len(there) == batch:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, *args)
+
+    monkeypatch.setattr(VideoQA, "validation_step", validation_step)
+    assert main(["tune", str(stopped[0])]) == 143
+    assert there == [[]] * batch + [["step=4.ckpt"]] * (4 - batch) and checkpoints(stopped[1]) == ["step=4.ckpt"]
+    assert main(["tune", str(stopped[0])]) == 0
+    assert same(weights(stopped[1] / "model"), weights(whole[1] / "model"))
+    for column in ("train/loss", "validation/loss"):
+        assert logged(stopped[1], column) == logged(whole[1], column) != {}
 
 
 def test_sigterm_twice_is_sigterm_once(make, signal_in):

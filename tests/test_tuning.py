@@ -1,16 +1,20 @@
 """Tuning end to end: what it writes, that it trains what it should, and that a stopped run goes on to the same bits."""
 
-import csv
+import importlib.util
 import json
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from tuning_runs import checkpoints, logged, same, tuning_config, weights
 
 import xcomp
 from xcomp.cli import main
@@ -34,42 +38,12 @@ main(["tune", sys.argv[1]])
 
 
 @pytest.fixture
-def make(tmp_path, tiny_run, needle_videos):
-    """A tuning configuration: 8 records, 4 batches an epoch. Options of ``tune`` by name, others as ``top``."""
-
-    def make(name, top=None, **options):
-        needle = {"name": "needle", "split": "train", **needle_videos}
-        settings = {"data": [{"benchmark": needle, "tasks": ["open"]}], "frames": [4, 8], "steps": 6, "batch_size": 2}
-        settings |= {"learning_rate": 1e-3, "save_every": 2, "num_workers": 0, "train": ["llm", "projector"], **options}
-        trainer = {**tiny_run["trainer"], "log_every_n_steps": 1, **(top or {}).pop("trainer", {})}
-        return {**tiny_run, "name": name, "tune": settings, "trainer": trainer, **(top or {})}
-
-    return make
+def make(tiny_run, needle_videos):
+    return partial(tuning_config, tiny_run, needle_videos)
 
 
 def run(content):
     return tune(parse_config(content, "x"))
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def checkpoints(folder):
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def losses(folder, column="train/loss"):
-    """Step → value over all starts of a run, later ones over earlier ones."""
-    found = {}
-    for path in sorted(folder.glob("logs/version_*/metrics.csv")):
-        with path.open() as file:
-            found |= {int(row["step"]): row[column] for row in csv.DictReader(file) if row.get(column)}
-    return found
 
 
 @pytest.fixture
@@ -99,7 +73,7 @@ def test_a_run_leaves_checkpoints_logs_and_a_model_that_loads(make, tiny_checkpo
     description = json.loads((folder / "run.json").read_text())
     assert description["kind"] == "tune" and description["config"] == parse_config(content, "x").to_dict()
     assert checkpoints(folder) == ["step=2.ckpt", "step=4.ckpt"]
-    assert list(folder.glob("logs/version_0/events.*")) and sorted(losses(folder)) == [0, 1, 2, 3]
+    assert list(folder.glob("logs/version_0/events.*")) and sorted(logged(folder)) == [0, 1, 2, 3]
     state = torch.load(folder / "checkpoints" / "step=4.ckpt", weights_only=True)["state_dict"]
     loaded = xcomp.load_backbone("videochat_flash", checkpoint=str(model))
     assert loaded.tokenizer("What?")["input_ids"]
@@ -133,19 +107,54 @@ def test_a_finished_run_is_not_run_again(make, stop_before):
     ],
 )
 def test_a_stopped_run_goes_on_to_the_weights_of_an_uninterrupted_one(make, stop_before, stop, options, top):
-    if options.get("validation"):
-        options = {**options, "validation": make("x")["tune"]["data"]}
-    whole = run(make("whole", dict(top), **options))
+    whole = run(make("whole", top, **options))
     restore = stop_before(stop)
     with pytest.raises(RuntimeError, match="power cut"):
-        run(make("stopped", dict(top), **options))
+        run(make("stopped", top, **options))
     restore()
     torch.manual_seed(1234)  # whatever else the new process does
-    resumed = run(make("stopped", dict(top), **options))
+    resumed = run(make("stopped", top, **options))
     assert same(weights(resumed), weights(whole))
-    assert losses(resumed.parent) == losses(whole.parent) and len(losses(whole.parent)) >= options.get("steps", 6)
+    assert logged(resumed.parent) == logged(whole.parent) and len(logged(whole.parent)) >= options.get("steps", 6)
     if options.get("validation"):
-        assert losses(whole.parent, "validation/loss") == losses(resumed.parent, "validation/loss") != {}
+        assert logged(whole.parent, "validation/loss") == logged(resumed.parent, "validation/loss") != {}
+
+
+@pytest.mark.parametrize(
+    "stops, options, top",
+    [
+        ((4, 4), {}, {}),  # at the ends of two epochs in turn, after which Lightning by itself loses count of them
+        ((5, 5), {"validation": True}, {}),
+        ((1, 2, 2, 2), {"save_every": 1}, {"trainer": {"accumulate_grad_batches": 2}}),
+        ((4, 6, 0), {"save_every": 3, "batch_size": 3}, {}),
+    ],
+)
+def test_a_run_stopped_several_times_goes_on_to_the_same_weights(make, stop_before, stops, options, top):
+    whole = run(make("whole", top, steps=10, **options))
+    for stop in stops:
+        restore = stop_before(stop)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(make("stopped", top, steps=10, **options))
+        restore()
+    resumed = run(make("stopped", top, steps=10, **options))
+    assert same(weights(resumed), weights(whole)) and logged(resumed.parent) == logged(whole.parent)
+
+
+@pytest.mark.parametrize("stop, options", [(3, {}), (5, {}), (5, {"num_workers": 1, "validation": True})])
+def test_random_numbers_in_a_step_are_those_of_an_uninterrupted_run(make, stop_before, monkeypatch, stop, options):
+    """Of dropout, for one, which the models that are built in do without."""
+    loss = VideoQA._loss
+    noisy = lambda self, batch: tuple(value * (0.5 + torch.rand(())) for value in loss(self, batch))  # noqa: E731
+    monkeypatch.setattr(VideoQA, "_loss", noisy)
+    whole = run(make("whole"))
+    restore = stop_before(stop)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(make("stopped"))
+    restore()
+    resumed = run(make("stopped", **options))
+    assert same(weights(resumed), weights(whole)) and logged(resumed.parent) == logged(whole.parent)
+    monkeypatch.setattr(VideoQA, "_loss", loss)
+    assert not same(weights(run(make("quiet"))), weights(whole))
 
 
 def test_the_order_of_the_data_matters_here(make):
@@ -211,6 +220,64 @@ def test_loggers_and_checkpoints_can_be_left_out(make, option):
     folder = run(make("run", {"trainer": option}, steps=1)).parent
     assert (folder / "model").is_dir() and (folder / "logs").exists() == option.get("logger", True)
     assert not (folder / "checkpoints").exists() or option.get("enable_checkpointing", True)
+
+
+def test_a_strategy_with_checkpoints_of_its_own_is_refused(make, monkeypatch):
+    monkeypatch.setattr("xcomp.tuning.ModelParallelStrategy", SingleDeviceStrategy)  # the real ones need more devices
+    with pytest.raises(ConfigError, match="reading SingleDeviceStrategy's checkpoints may run code; use ddp"):
+        run(make("run"))
+
+
+@pytest.mark.parametrize(
+    "names, left",
+    [
+        ("csv", {"metrics.csv"}),
+        ("tensorboard", {"events", "hparams.yaml"}),
+        (["csv", "tensorboard"], {"metrics.csv", "events", "hparams.yaml"}),
+        ("none", set()),
+        (None, set()),
+        (False, set()),
+    ],
+)
+def test_loggers_by_name(make, names, left):
+    folder = run(make("run", {"trainer": {"logger": names}}, steps=1)).parent
+    found = {path.name.split(".out")[0] for path in folder.glob("logs/version_0/*")}
+    assert {name.partition(".")[0] if name.startswith("events") else name for name in found} == left
+
+
+def test_wandb_is_handed_to_lightning(make, monkeypatch):
+    """Its own package is not needed for the test: any logger of Lightning's will do."""
+    asked = {}
+
+    def logger(**options):
+        asked.update(options)
+        return CSVLogger(options["save_dir"], name="wandb")
+
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
+    monkeypatch.setattr("xcomp.tuning.WandbLogger", logger)
+    folder = run(make("run", {"trainer": {"logger": ["wandb", "none"]}}, steps=1)).parent
+    assert asked == {"name": "run", "save_dir": folder, "project": "xcomp"} and list(folder.glob("wandb/*/metrics.csv"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="it is there")
+def test_a_logger_whose_package_is_not_there_is_one_line(make, tmp_path, capsys):
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump(make("run")))
+    assert main(["tune", str(tmp_path / "tune.yaml"), "trainer.logger=wandb"]) == 2
+    line = "trainer.logger 'wandb' needs the package wandb (No module named 'wandb'): pip install wandb\n"
+    assert capsys.readouterr().err == f"xcomp: error: {line}"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_bar_counts_the_steps_of_the_run(make, capsys, stop_before):
+    shown = {"trainer": {"enable_progress_bar": True}, "limit": 1}
+    restore = stop_before(5)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(make("run", shown, validation=True))
+    out = capsys.readouterr().out
+    assert "step " in out and "5/6" in out and "Epoch" not in out and "train/loss" in out
+    restore()
+    run(make("run", shown, validation=True))  # from step 4
+    assert "6/6" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", [0, 1])

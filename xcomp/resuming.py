@@ -64,7 +64,7 @@ class WholeCheckpoints(CheckpointIO):
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """The OSError behind an error of torch's zip writer, which reports but its own confusion."""
+    """The OSError behind an error of torch's zip writer, which itself reports a wrong position."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
@@ -144,7 +144,8 @@ class StopAtStep(Callback):
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
     number: int | None = None  # of the signal
-    due = False  # from the end of the step on that was the last one; the same on all ranks
+    between = False  # two steps: no gradients are being accumulated
+    due = False  # the step before was the last one; the same on all ranks
     _when = _before = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -155,7 +156,7 @@ class StopAtStep(Callback):
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # SIGTERM is often sent twice, to a process and to its group; who means it, sends SIGKILL.
+        # SIGTERM is often sent twice, to a process and to its group; stopping at once is what SIGKILL is for.
         if self.number is not None and number == signal.SIGINT and time.monotonic() - self._when > 1:
             raise Stopped(number)
         if self.number is None:
@@ -169,7 +170,14 @@ class StopAtStep(Callback):
         self._before = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step != self._before:  # else gradients are still being accumulated
+        self.between = trainer.global_step != self._before
+        self._decide(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._decide(trainer)  # a validation may take longer than a batch system waits
+
+    def _decide(self, trainer: L.Trainer) -> None:
+        if self.between:
             self.due = trainer.strategy.reduce_boolean_decision(self.number is not None, all=False)
 
     def stopped(self, trainer: L.Trainer) -> Stopped:
@@ -186,19 +194,41 @@ class StopAtStep(Callback):
         return f"the same command resumes after step {trainer.global_step}"
 
 
+class StepSeed(Callback):
+    """Random numbers of a batch (dropout) follow from the run's seed, the batch's number and the rank.
+
+    A checkpoint then needs no generator's state, which would differ with the number of workers and of validations.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        number = trainer.fit_loop.total_batch_idx  # over all epochs
+        torch.manual_seed(hash((self.seed, number, trainer.global_rank)) & 0x7FFFFFFF)
+
+
 class StepCheckpoints(Checkpoint):
     """A checkpoint every so many optimizer steps, at the last one, and where a run is stopped.
 
     The newest is kept, and the one before it in case a disk loses the newest; while one is written there is one other.
+    A signal in a validation has one written at once; the validation then runs to its end, and is not run again.
     """
 
     def __init__(self, folder: Path, every: int, steps: int, stop: StopAtStep):
         self.folder, self.every, self.steps, self.stop = folder / CHECKPOINTS, every, steps, stop
         self.newest: Path | None = None
-        self._before = 0
+        self._loop: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # A run that Lightning resumed at the end of an epoch does not count the next one as begun. Resumed once more,
+        # from that one's end, it would take the epoch for another and its records in another order.
+        for count in self._loop["epoch_progress"].values():  # current and total
+            count["ready"] = count["started"] = count["processed"] + 1  # we are within an epoch
+        checkpoint["loops"]["fit_loop"] = self._loop
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.newest = Path(trainer.ckpt_path) if trainer.ckpt_path else None
@@ -209,15 +239,20 @@ class StepCheckpoints(Checkpoint):
                 for group, rate, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas):
                     group["lr"] = rate * factor(scheduler.last_epoch)
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        self._before = trainer.global_step
-
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._loop = trainer.fit_loop.state_dict()  # as a run goes on from; within a validation Lightning's is not
         step = trainer.global_step
-        if step != self._before and (step % self.every == 0 or step == trainer.max_steps or self.stop.due):
-            self._save(trainer, self.folder / f"step={step}.ckpt")
+        if self.stop.between and (step % self.every == 0 or step == trainer.max_steps or self.stop.due):
+            self._save(trainer)
 
-    def _save(self, trainer: L.Trainer, path: Path) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.stop.due:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        path = self.folder / f"step={trainer.global_step}.ckpt"
+        if path == self.newest:
+            return
         if trainer.is_global_zero:
             for old in self.folder.glob("*.ckpt"):
                 if FILE.fullmatch(old.name) and old != self.newest:

@@ -6,6 +6,7 @@ checkpoint folder that ``checkpoint:`` in any configuration can name.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from contextlib import nullcontext
@@ -18,6 +19,8 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressB
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from safetensors import SafetensorError
 
 from xcomp.config import ConfigError, RunConfig
 from xcomp.contract import check_methods
@@ -27,6 +30,7 @@ from xcomp.registry import nearest
 from xcomp.resuming import (
     Resume,
     StepCheckpoints,
+    StepSeed,
     StopAtStep,
     WholeCheckpoints,
     clear_leftovers,
@@ -77,11 +81,21 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
             trainer.fit(model, datamodule=data, ckpt_path=resume and str(resume.path), weights_only=True)
     except MisconfigurationException as error:  # an option that fits no data like these
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-    if stop.number is not None:  # in the last step
+    if stop.number is not None and trainer.checkpoint_callbacks:  # in the last step, after which one was written
         raise stop.stopped(trainer)
     if trainer.is_global_zero:
-        model.backbone.save_pretrained(str(folder / "model"), dtype=config.tune.save_dtype)
+        _save_model(model, folder / "model", config.tune.save_dtype)
         note_run(folder, tuned={name: getattr(config.tune, name) for name in SAVED})
+
+
+def _save_model(model: VideoQA, folder: Path, dtype: str | None) -> None:
+    try:
+        model.backbone.save_pretrained(str(folder), dtype=dtype)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"model '{folder}' cannot be written: {reason}; once there is room the same command writes it"
+        ) from error
 
 
 # --- where a run stands -----------------------------------------------------------------------------------------------
@@ -131,11 +145,11 @@ def _tell(config: RunConfig, resume: Resume | None) -> None:
         return
     if resume.damaged:
         print(
-            f"xcomp: checkpoint {', '.join(resume.damaged)} is cut off; resuming after step {resume.step}, from "
+            f"xcomp: checkpoint {', '.join(resume.damaged)} is damaged; resuming after step {resume.step}, from "
             f"{resume.path.name}",
             file=sys.stderr,
         )
-    if resume.steps not in (None, config.tune.steps):
+    if resume.steps not in (None, config.tune.steps) and resume.step < config.tune.steps:
         print(
             f"xcomp: tune.steps was {resume.steps}, now {config.tune.steps}: after step {resume.step} the learning "
             f"rate follows the schedule over {config.tune.steps} steps",
@@ -150,7 +164,7 @@ def tuning_trainer(config: RunConfig, stop: StopAtStep) -> L.Trainer:
     """The Trainer of a tuning run; ``config.trainer`` overrides its arguments."""
     given = {name: value for name, value in config.trainer.items() if name != "logger"}
     loggers = _loggers(config)
-    callbacks: list[Callback] = [stop]
+    callbacks: list[Callback] = [stop, StepSeed(config.seed)]
     if given.get("enable_checkpointing", True):
         callbacks.append(StepCheckpoints(config.folder, config.tune.save_every, config.tune.steps, stop))
     if loggers:
@@ -198,9 +212,10 @@ def _loggers(config: RunConfig) -> list[Logger]:
 
 def _wandb(config: RunConfig) -> Logger:
     try:
-        return WandbLogger(name=config.name, save_dir=config.folder, project="xcomp")
-    except ModuleNotFoundError as error:
-        raise ConfigError("trainer.logger 'wandb' needs the package wandb: pip install wandb") from error
+        importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(f"trainer.logger 'wandb' needs the package wandb ({error}): pip install wandb") from error
+    return WandbLogger(name=config.name, save_dir=config.folder, project="xcomp")
 
 
 class StepBar(ProgressBar):
@@ -219,8 +234,10 @@ class StepBar(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not self._enabled:
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"))
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # or metrics would crowd out the numbers
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+        metrics = TextColumn("{task.fields[metrics]}", table_column=rest)
+        self._bar = Progress(*columns, TimeRemainingColumn(), metrics, expand=True)
         total = trainer.max_steps if trainer.max_steps > 0 else None
         self._training = self._bar.add_task("step", total=total, completed=trainer.global_step, metrics="")
         self._bar.start()
