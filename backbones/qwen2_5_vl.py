@@ -39,8 +39,8 @@ from xcomp.checkpoint import (
     build_model,
     check_options,
     end_ids,
+    find_folder,
     load_tokenizer,
-    local_folder,
     pixel_numbers,
     processor_numbers,
     read_config,
@@ -48,9 +48,8 @@ from xcomp.checkpoint import (
     save_model,
     transformers_config,
 )
-from xcomp.config import find_checkpoint
 from xcomp.layout import TokenLayout
-from xcomp.pixels import preprocess_frames
+from xcomp.pixels import PixelFormat
 from xcomp.prompts import Chat, Format, chat_format, chatml, check_token
 
 OPENING, VIDEO, CLOSING = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
@@ -156,7 +155,7 @@ class Qwen25VL(Backbone):
         super().__init__()
         self.config = config
         check_options(config, clip_batch=config.clip_batch)
-        folder = None if config.checkpoint is None else local_folder("checkpoint", find_checkpoint(config.checkpoint))
+        folder = find_folder(config.checkpoint, weights=config.device != "meta")
         content = config.architecture if folder is None else read_config(folder, "Qwen2.5-VL")
         where = "architecture" if folder is None else f"'{folder / 'config.json'}'"
         found = model_config(dict(content), where)
@@ -170,7 +169,8 @@ class Qwen25VL(Backbone):
         self.interval = vision.tokens_per_second * self.shown["second_per_grid"]
         self._folder = folder
         self._numbers = processor_numbers(folder, {"patch_size": vision.patch_size})
-        self.resample, self.pixel_mean, self.pixel_std = pixel_numbers(self._numbers)
+        resample, mean, std = pixel_numbers(self._numbers)
+        self.pixel_format = PixelFormat(self.size, mean, std, resample=resample)
         self.model = build_model(Qwen2_5_VLForConditionalGeneration, folder, found, config)
         self.tokenizer = load_tokenizer(folder, config.tokenizer, self.text_config)
         if self.tokenizer is not None:
@@ -190,12 +190,6 @@ class Qwen25VL(Backbone):
         save_model(self.model, folder, dtype, numbers=self._numbers, more={OWN: self.shown}, **words)
 
     # --- frames to visual tokens --------------------------------------------------------------------------------------
-
-    def preprocess(self, frames: Tensor) -> Tensor:
-        """(T, H, W, 3) uint8 → (T, 3, h, w) normalised pixels of the model's type; the aspect is not kept."""
-        return preprocess_frames(
-            frames, self.size, self.pixel_mean, self.pixel_std, resample=self.resample, dtype=self.dtype
-        )
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(T, 3, h, w) → visual tokens (T / 2, N, D), each pair of frames on its own."""

@@ -35,25 +35,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2Model
 
-from xcomp.backbone import Backbone, Prompt, ShownVideo
+from xcomp.backbone import Backbone, Prompt, ShownVideo, no_autocast
 from xcomp.checkpoint import (
     DTYPES,
     FLOATS,
     check_options,
     check_save_dtype,
+    check_sizes,
+    check_text_config,
+    find_folder,
+    is_finite,
     load_tokenizer,
-    local_folder,
     read_json,
     refuse_tensors,
+    refuse_values,
     require_tokenizer,
     resolve_attention,
     stored_tensors,
     weight_files,
     whole_folder,
+    within,
     write_json,
 )
-from xcomp.config import find_checkpoint
-from xcomp.pixels import preprocess_frames
+from xcomp.pixels import PixelFormat
 
 SHARD_BYTES = 5_000_000_000
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -144,7 +148,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 def exact_float32(device_type: str) -> Iterator[None]:
     """No autocast and no TF32 inside: a rounded score would change which tokens merge."""
     modules = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    with torch.autocast(device_type, enabled=False):
+    with no_autocast(device_type):
         if not all(hasattr(module, "fp32_precision") for module in modules):  # before torch 2.9
             modules, before = [], torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("highest")
@@ -325,34 +329,41 @@ def vision_sizes(architecture: dict[str, Any]) -> VisionSizes:
     name = str(architecture.get("mm_vision_tower"))
     base = next((sizes for part, sizes in TOWERS.items() if part in name), None)
     if base is None:
-        raise ValueError(f"config.json: unknown mm_vision_tower '{name}'; its name must contain {', '.join(TOWERS)}")
+        raise ValueError(f"unknown mm_vision_tower '{name}'; its name must contain {', '.join(TOWERS)}")
     given = architecture.get("vision_config") or {}
-    if unknown := sorted(set(given) - set(base)):
-        raise ValueError(f"config.json: unknown vision_config keys {unknown}; known: {', '.join(base)}")
+    if not isinstance(given, dict) or (unknown := sorted(set(given) - set(base))):
+        problem = f"unknown vision_config keys {unknown}" if isinstance(given, dict) else f"vision_config is {given!r}"
+        raise ValueError(f"{problem}; known: {', '.join(base)}")
     sizes = {**base, **given}
+    if sizes["kind"] not in ("umt", "internvideo2"):
+        raise ValueError(f"vision_config's kind is {sizes['kind']!r}; it must be umt or internvideo2")
+    if missing := [key for key, value in sizes.items() if value is None]:
+        raise ValueError(f"vision_config gives no {', '.join(missing)}")
+    if not isinstance(sizes["mlp_ratio"], (int, float)) or not 0 < sizes["mlp_ratio"] <= 100:
+        raise ValueError(f"vision_config's mlp_ratio is {sizes['mlp_ratio']!r}; it must be a number up to 100")
     layer = architecture.get("mm_vision_select_layer", -2)
-    num_blocks = sizes["num_hidden_layers"] + layer + 1
-    if layer >= 0 or num_blocks < 1:
+    num_blocks = sizes["num_hidden_layers"] + layer + 1 if type(layer) is int else 0
+    if num_blocks < 1 or layer >= 0:
         raise ValueError(
-            f"config.json: mm_vision_select_layer {layer} must count from the end, -1 to -{sizes['num_hidden_layers']}"
+            f"mm_vision_select_layer {layer} must count from the end, -1 to -{sizes['num_hidden_layers']}"
         )
     for divisor, whole in (("num_attention_heads", "hidden_size"), ("patch_size", "image_size")):
         if sizes[whole] % sizes[divisor]:
-            raise ValueError(f"config.json: vision {whole} {sizes[whole]} is no multiple of {divisor} {sizes[divisor]}")
+            raise ValueError(f"vision {whole} {sizes[whole]} is no multiple of {divisor} {sizes[divisor]}")
     if (width := architecture.get("mm_hidden_size", sizes["hidden_size"])) != sizes["hidden_size"]:
-        raise ValueError(f"config.json: mm_hidden_size {width} is not the tower's width {sizes['hidden_size']}")
+        raise ValueError(f"mm_hidden_size {width} is not the tower's width {sizes['hidden_size']}")
     return VisionSizes(**sizes, num_blocks=num_blocks)
 
 
 def tokens_per_frame(architecture: dict[str, Any], sizes: VisionSizes) -> int:
     """N, from the projector's name."""
     name = str(architecture.get("mm_projector_type"))
-    found = re.fullmatch(r"tome(\d+)_mlp_hd64", name)
+    found = re.fullmatch(r"tome([1-9]\d{0,5})_mlp_hd64", name)
     if not found:
-        raise ValueError(f"config.json: unsupported mm_projector_type '{name}'; it must be like 'tome16_mlp_hd64'")
+        raise ValueError(f"unsupported mm_projector_type '{name}'; it must be like 'tome16_mlp_hd64'")
     patches = (sizes.image_size // sizes.patch_size) ** 2
     if patches < int(found[1]):
-        raise ValueError(f"config.json: a frame has {patches} patches, fewer than the {found[1]} tokens of '{name}'")
+        raise ValueError(f"a frame has {patches} patches, fewer than the {found[1]} tokens of '{name}'")
     return int(found[1])
 
 
@@ -360,7 +371,7 @@ def text_config(architecture: dict[str, Any], attention: str) -> Qwen2Config:
     """The language model's part of config.json as transformers wants it."""
     needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     if missing := [key for key in needed if key not in architecture]:
-        raise ValueError(f"config.json lacks the language model's {', '.join(missing)}")
+        raise ValueError(f"it lacks the language model's {', '.join(missing)}")
     optional = ["num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"]
     optional += ["tie_word_embeddings", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"]
     optional += ["attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id"]
@@ -368,7 +379,9 @@ def text_config(architecture: dict[str, Any], attention: str) -> Qwen2Config:
     rope = {"rope_type": "default", "rope_theta": architecture.get("rope_theta", 1e6)}
     rope.update(architecture.get("rope_scaling") or {})
     rope.update(architecture.get("rope_parameters") or {})
-    return Qwen2Config(**values, rope_parameters=rope, attn_implementation=attention)
+    text = Qwen2Config(**values, rope_parameters=rope, attn_implementation=attention)
+    check_text_config(text)
+    return text
 
 
 def read_architecture(folder: Path) -> dict[str, Any]:
@@ -379,7 +392,8 @@ def read_architecture(folder: Path) -> dict[str, Any]:
     architecture = read_json(path)
     kind, classes = architecture.get("model_type"), architecture.get("architectures") or []
     known = ("VideoChatFlashQwenForCausalLM", "LlavaQwenForCausalLM")
-    if kind not in ("videochat_flash_qwen", "llava_qwen", "qwen2") or not set(classes) <= set(known):
+    known_kind = kind in ("videochat_flash_qwen", "llava_qwen", "qwen2")
+    if not known_kind or not isinstance(classes, list) or any(name not in known for name in classes):
         raise ValueError(
             f"'{path}' describes model_type '{kind}', architectures {classes}; needed: 'videochat_flash_qwen', {known}"
         )
@@ -394,8 +408,6 @@ def read_architecture(folder: Path) -> dict[str, Any]:
 class VideoChatFlash(Backbone):
     """VideoChat-Flash with a UMT-L or InternVideo2-1B tower and a Qwen2 language model."""
 
-    pixel_mean = (0.485, 0.456, 0.406)
-    pixel_std = (0.229, 0.224, 0.225)
     message_tokens = 27  # the time message; counted so by the released frame selection whatever its digits
 
     @dataclass
@@ -420,23 +432,28 @@ class VideoChatFlash(Backbone):
         super().__init__()
         self.config = config
         check_options(config, clip_batch=config.clip_batch, clip_frames=config.clip_frames)
-        folder = None if config.checkpoint is None else local_folder("checkpoint", find_checkpoint(config.checkpoint))
+        shapes = config.device == "meta"  # no weights are read or made
+        folder = find_folder(config.checkpoint, weights=not shapes)
         self.architecture = copy.deepcopy(config.architecture) if folder is None else read_architecture(folder)
-        with torch.device("cpu" if folder is None else "meta"):
-            self._build()
-        if folder is not None:
+        where = "architecture" if folder is None else f"'{folder / 'config.json'}'"
+        check_sizes(self.architecture, where)
+        attention = resolve_attention(config.attn_implementation, config.device, DTYPES[config.dtype])
+        with torch.device("cpu" if folder is None and not shapes else "meta"), within(where):
+            self._build(attention)
+        if folder is not None and not shapes:
             self._load_weights(folder)
-        self._keep_rotary()
+        with within(where):
+            self._keep_rotary()
         self.to(device=config.device, dtype=DTYPES[config.dtype])
         self._folder = folder
         self.tokenizer = load_tokenizer(folder, config.tokenizer, self.text_config)
 
-    def _build(self) -> None:
+    def _build(self, attention: str) -> None:
         """Modules from ``architecture`` and options, on the ambient device."""
         self.vision_sizes = sizes = vision_sizes(self.architecture)
+        self.pixel_format = PixelFormat(sizes.image_size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         self.tokens_per_frame = tokens_per_frame(self.architecture, sizes)
         self.clip_frames = self._clip_frames()
-        attention = resolve_attention(self.config.attn_implementation, self.config.device, DTYPES[self.config.dtype])
         text = text_config(self.architecture, attention)
         self.vision_tower = InternVideo2(sizes) if sizes.kind == "internvideo2" else UMT(sizes)
         self.projector = ToMeProjector(
@@ -450,7 +467,7 @@ class VideoChatFlash(Backbone):
     def _clip_frames(self) -> int:
         frames = self.config.clip_frames or self.architecture.get("mm_local_num_frames")
         if frames is None:
-            raise ValueError("config.json has no mm_local_num_frames; give clip_frames (released models: 4)")
+            raise ValueError("it has no mm_local_num_frames; give clip_frames (released models: 4)")
         if self.vision_sizes.kind == "internvideo2" and frames not in (1, 4):
             raise ValueError(f"InternVideo2 has stored positions for clips of 4 frames (or 1), not of {frames}")
         return int(frames)
@@ -482,12 +499,15 @@ class VideoChatFlash(Backbone):
         wanted = {self.released_name(name): name for name, _ in self.named_parameters()}
         stored = stored_tensors(weight_files(folder))
         self._check_tensors(folder, wanted, stored)
+        dtype, broken = DTYPES[self.config.dtype], []
         # The largest first, while there is room; files are reopened because a mapped file counts as memory.
         for name in sorted(wanted, key=lambda name: -math.prod(stored[name][1])):
             with safe_open(stored[name][0], framework="pt") as file:
-                tensor = file.get_tensor(name).to(self.config.device, DTYPES[self.config.dtype], copy=True)
+                tensor = file.get_tensor(name).to(self.config.device, dtype, copy=True)
+            broken += [] if is_finite(tensor) else [name]
             module, _, leaf = wanted[name].rpartition(".")
             setattr(self.get_submodule(module), leaf, nn.Parameter(tensor))
+        refuse_values(folder, broken, dtype)
         self._tie()
 
     def _check_tensors(self, folder: Path, wanted: dict[str, str], stored: dict) -> None:
@@ -540,12 +560,6 @@ class VideoChatFlash(Backbone):
             write_json(folder / "model.safetensors.index.json", index)
 
     # --- frames to visual tokens --------------------------------------------------------------------------------------
-
-    def preprocess(self, frames: Tensor) -> Tensor:
-        """(T, H, W, 3) uint8 → (T, 3, h, w) normalised pixels of the model's type; the aspect is not kept."""
-        return preprocess_frames(
-            frames, self.vision_sizes.image_size, self.pixel_mean, self.pixel_std, dtype=self.dtype
-        )
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(T, 3, h, w) → visual tokens (T, N, D); T is a multiple of ``clip_frames``.

@@ -142,5 +142,6 @@ def tiny_run(tmp_path, tiny_checkpoint, needle_videos):
         "frames": 4,
         "sampling": {"rate": 2, "min_frames": 8, "max_frames": 8},
         "generation": {"max_new_tokens": 3},
+        "decoding": {"workers": 0},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
     }

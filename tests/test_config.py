@@ -2,12 +2,14 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import xcomp
 from xcomp.cli import _parser
+from xcomp.checkpoint import find_folder
 from xcomp.compare.arms import resolve_arms
 from xcomp.config import (
     Arm,
@@ -16,14 +18,13 @@ from xcomp.config import (
     RunConfig,
     Sampling,
     Tune,
-    built_in,
     check_component,
-    find_checkpoint,
     find_config,
     load_config,
     parse_config,
     split_component,
 )
+from xcomp.shipped import built_in
 
 CONFIGS = Path(xcomp.__file__).resolve().parent.parent / "configs"
 SHIPPED = {p.relative_to(CONFIGS).with_suffix("").as_posix(): p for p in sorted(CONFIGS.rglob("*.yaml"))}
@@ -199,6 +200,58 @@ def test_overrides_reach_every_level(write):
     assert config.trainer == {"max_time": "00:01:00:00"} and config.compressor == "none"
 
 
+POOLED = "{name: avg_pool, tokens: 4}"
+REPLACED = [
+    (["={name: other}"], {"name": "other"}),
+    ([".name=other"], {"name": "other"}),
+    (["[name]=other"], {"name": "other"}),
+    (["={name: other, end: 2}"], {"name": "other", "end": 2}),
+    ([".name=other", ".end=2"], {"name": "other", "end": 2}),
+    ([".end=2", ".name=other"], {"name": "other", "end": 2}),
+    (["=other"], "other"),
+    (["=avg_pool"], "avg_pool"),
+    # The same plugin: options merge.
+    (["={name: avg_pool}"], {"name": "avg_pool", "tokens": 4}),
+    (["={name: avg_pool, tokens: 5}"], {"name": "avg_pool", "tokens": 5}),
+    ([".tokens=5", ".end=2"], {"name": "avg_pool", "tokens": 5, "end": 2}),
+    (["={tokens: 5}"], {"name": "avg_pool", "tokens": 5}),
+]
+
+
+@pytest.mark.parametrize("overrides, expected", REPLACED, ids=lambda x: str(x))
+@pytest.mark.parametrize("place", ["compressor", "benchmark", "arms[1].selector", "arms.0.backbone"])
+def test_another_plugin_keeps_nothing_of_the_one_before(write, place, overrides, expected):
+    path = write(
+        f"compressor: {POOLED}\nbenchmark: {POOLED}\n"
+        f"arms: [{{name: a, backbone: {POOLED}}}, {{name: b, selector: {POOLED}}}]\n"
+    )
+    before, config = load_config(path), load_config(path, [place + override for override in overrides])
+    parts = lambda c: {  # noqa: E731
+        "compressor": c.compressor,
+        "benchmark": c.benchmark,
+        "arms[1].selector": c.arms[1].selector,
+        "arms.0.backbone": c.arms[0].backbone,
+    }
+    assert parts(config) == {**parts(before), place: expected}
+
+
+def test_another_plugin_in_a_nested_override(write):
+    text = f"arms: [{{name: a, compressor: {POOLED}}}]\ntune: {{data: [{{benchmark: {POOLED}, repeat: 2}}]}}\n"
+    config = load_config(write(text), ["arms[0]={compressor: {name: other}}", "tune.data[0].benchmark.name=other"])
+    assert config.arms == [Arm(name="a", compressor={"name": "other"})]
+    assert config.tune.data == [{"benchmark": {"name": "other"}, "repeat": 2}]
+    config = load_config(write(text), ["arms=[{compressor: {name: other}}]"])
+    assert config.arms == [Arm(compressor={"name": "other"})]
+
+
+def test_options_can_be_given_to_a_plain_name(write):
+    path = write("compressor: lp_comp\nselector: uniform\narms: [{compressor: avg_pool}]\n")
+    config = load_config(path, ["compressor.end=2", "arms[0].compressor.tokens=4"])
+    assert config.compressor == {"name": "lp_comp", "end": 2} and config.selector == "uniform"
+    assert config.arms[0].compressor == {"name": "avg_pool", "tokens": 4}
+    assert load_config(path, ["compressor.name=none", "compressor.end=2"]).compressor == {"name": "none", "end": 2}
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
@@ -241,6 +294,44 @@ def test_interpolation_and_paths_work(write):
     assert load_config(write("name: a\noutput: runs/${name}\n")).output == "runs/a"
 
 
+def test_folders_of_plugins_are_relative_to_the_file_that_lists_them(write, tmp_path, monkeypatch):
+    (tmp_path / "sub" / "mine").mkdir(parents=True)
+    (tmp_path / "sub" / "mine" / "pooled.py").write_text(
+        "from dataclasses import dataclass\nfrom xcomp import Compressor\n"
+        "class Pooled(Compressor):\n    @dataclass\n    class Config: pass\n"
+    )
+    path = write("plugins: [./mine]\ncompressor: pooled\n", "sub/run.yaml")
+    config = load_config(path)
+    check_component("compressor", config.compressor, config.plugins)
+    assert config.plugins == config.written()["plugins"] == [str(tmp_path / "sub" / "mine")]
+    monkeypatch.chdir(tmp_path)
+    config = load_config("sub/run.yaml")
+    check_component("compressor", config.compressor, config.plugins)
+    assert config.plugins == ["sub/mine"]
+    assert load_config("sub/run.yaml", ["plugins=[./mine]"]).plugins == ["./mine"]  # relative to where one is
+    monkeypatch.setenv("MINE", str(tmp_path / "sub" / "mine"))
+    write("plugins: ['${oc.env:MINE}', 'x/${oc.env:MINE}', /elsewhere]\n", "sub/run.yaml")
+    config = load_config("sub/run.yaml")
+    assert config.plugins == [str(tmp_path / "sub" / "mine"), f"sub/x/{tmp_path / 'sub' / 'mine'}", "/elsewhere"]
+    assert config.written()["plugins"] == ["${oc.env:MINE}", "sub/x/${oc.env:MINE}", "/elsewhere"]
+
+
+def test_interpolations_are_kept_as_they_are_written(write, monkeypatch):
+    monkeypatch.setenv("PLACE", "/secret")
+    monkeypatch.setenv("COUNT", "3")
+    text = "name: a\noutput: runs/${name}\nbatch_size: ${oc.decode:${oc.env:COUNT}}\n"
+    text += "backbone: {name: b, checkpoint: '${oc.env:PLACE}/m'}\narms: [{backbone: '${backbone}', frames: [4, 8]}]\n"
+    config = load_config(write(text), ["benchmark.root=${oc.env:PLACE}", "benchmark.name=needle"])
+    assert (config.output, config.batch_size, config.backbone["checkpoint"]) == ("runs/a", 3, "/secret/m")
+    assert config.arms[0].backbone == config.backbone and config.benchmark == {"name": "needle", "root": "/secret"}
+    written = config.written()
+    assert (written["output"], written["batch_size"]) == ("runs/${name}", "${oc.decode:${oc.env:COUNT}}")
+    assert written["backbone"] == {"name": "b", "checkpoint": "${oc.env:PLACE}/m"}
+    assert written["arms"][0] == {**vars(Arm(backbone="${backbone}", frames=[4, 8]))}
+    assert "/secret" not in str(written) and "/secret" in str(config.to_dict())
+    assert replace(config, arms=[]).written()["arms"] == [] and parse_config(config.to_dict(), "x") == config
+
+
 def test_a_config_that_does_not_exist_suggests_the_nearest():
     name = next(iter(SHIPPED))
     with pytest.raises(ConfigError, match=f"config '{name}s' does not exist; did you mean '{name}'") as error:
@@ -253,9 +344,12 @@ def test_a_config_that_does_not_exist_suggests_the_nearest():
 def test_a_checkpoint_is_a_path_a_shipped_name_or_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "checkpoints" / "small").mkdir(parents=True)
     monkeypatch.setattr(xcomp, "__path__", [str(tmp_path)])
-    assert find_checkpoint("small") == str(tmp_path / "checkpoints" / "small")
-    assert find_checkpoint(str(tmp_path)) == str(tmp_path)
-    assert find_checkpoint("owner/name") == "owner/name"
+    assert find_folder("small") == tmp_path / "checkpoints" / "small"
+    assert find_folder(str(tmp_path)) == tmp_path and find_folder(None) is None
+    asked = []
+    monkeypatch.setattr("xcomp.checkpoint.snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
+    assert find_folder("owner/name", weights=False) == tmp_path and asked[0][0] == ("owner/name",)
+    assert "*.safetensors" not in asked[0][1]["allow_patterns"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small").mkdir()
-    assert find_checkpoint("small") == "small"  # what lies here comes before what ships
+    assert find_folder("small") == Path("small")  # what lies here comes before what ships

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from xcomp.config import ConfigError, parse_config
+from xcomp.config import ConfigError, load_config, parse_config
 from xcomp.run import check_run, make_trainer, open_run
 
 
@@ -27,8 +27,8 @@ def test_a_folder_is_made_once_and_reopened(make):
     [
         ({"frames": 8}, "frames was 4, now 8"),
         ({"frames": 4, "compressor": {"name": "lp_comp", "end": 2}}, "compressor was 'none', now None"),
-        ({"frames": 4, "arms": [{"name": "a"}]}, r"arms\[0\].* was None, now"),
-        ({"frames": 4, "tune": {"train": ["llm"]}}, r"tune.train\[1\] was 'projector', now None"),
+        ({"frames": 4, "sampling": {"rate": 2}}, "sampling.rate was 1.0, now 2.0"),
+        ({"frames": 4, "backbone": {"name": "x", "dtype": "bfloat16"}}, "backbone.dtype was None, now 'bfloat16'"),
     ],
 )
 def test_the_first_difference_is_named(make, other, message):
@@ -38,6 +38,19 @@ def test_the_first_difference_is_named(make, other, message):
     with pytest.raises(ConfigError, match="belongs to 'xcomp evaluate'; choose another 'name', or delete the folder"):
         check_run(make(frames=4), "tune")
     assert [p.name for p in folder.iterdir()] == ["run.json"]
+
+
+def test_a_run_is_compared_as_its_file_is_written(tmp_path, monkeypatch):
+    """Not by what the environment happens to hold: on another machine the data lie elsewhere."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output: {tmp_path / 'runs'}\nbackbone: {{name: x, checkpoint: '${{oc.env:WEIGHTS}}'}}\n")
+    monkeypatch.setenv("WEIGHTS", "/here")
+    folder = open_run(load_config(file), "evaluate", benchmark={"name": "needle"})
+    monkeypatch.setenv("WEIGHTS", "/there")
+    assert open_run(load_config(file), "evaluate") == folder
+    assert "/here" not in (folder / "run.json").read_text()
+    with pytest.raises(ConfigError, match=r"backbone.checkpoint was '\$\{oc.env:WEIGHTS\}', now '/there'"):
+        check_run(load_config(file, ["backbone.checkpoint=/there"]), "evaluate")
 
 
 @pytest.mark.parametrize(

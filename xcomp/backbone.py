@@ -1,6 +1,6 @@
 """The backbone contract: frames become visual tokens, tokens become words.
 
-A backbone is a vision path (``preprocess``, ``encode``), a prompt format (``prompt``) and a language model that is
+A backbone is a vision path (``pixel_format``, ``encode``), a prompt format (``prompt``) and a language model that is
 opened up layer by layer, so that :class:`xcomp.decoder.Decoder` can let tokens leave between layers. The language-model
 side is written once here for every decoder of the Llama family (Llama, Mistral, Qwen2, Qwen2.5, Qwen3) as
 ``transformers`` builds it; a backbone file sets ``language_model`` and ``lm_head`` and writes the vision path.
@@ -12,7 +12,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from xcomp.cost import count_macs
 from xcomp.layout import TokenLayout, gather
+from xcomp.pixels import PixelFormat
 
 # Most elements of a mask, or of a matrix of attention probabilities, that is made at once (one row at the least).
 ATTENTION_BLOCK = 2**24
@@ -53,6 +55,10 @@ class ShownVideo:
     times: tuple[float, ...] | None = None
 
 
+class QuestionError(ValueError):
+    """A question that cannot be put to a model with what it is shown, e.g. because it is too long; others can."""
+
+
 def check_device(name: str) -> None:
     """ValueError unless tensors can be put on the device of that name."""
     try:
@@ -61,9 +67,16 @@ def check_device(name: str) -> None:
         raise ValueError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+def no_autocast(device_type: str) -> AbstractContextManager:
+    """No autocast inside; nothing on a device that has none."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 @contextmanager
 def exact_frequencies(module: nn.Module) -> Iterator[None]:
-    """Moves inside reach the module's rotary frequencies, casts do not: in half precision they are wrong."""
+    """``.to(device)`` inside moves ``inv_freq``; dtype casts leave it in float32, as half precision would be wrong."""
     exact = {name: buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq")}
     yield
     for name, buffer in exact.items():
@@ -72,7 +85,7 @@ def exact_frequencies(module: nn.Module) -> Iterator[None]:
         setattr(owner, leaf, buffer.to(getattr(owner, leaf).device))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding in the half-split form of the Llama family.
 
     ``x`` (B, H, S, K); ``cos``, ``sin`` (B, S, K).
@@ -88,9 +101,9 @@ class Rotary:
     cos: Tensor
     sin: Tensor
 
-    def turn(self, x: Tensor) -> Tensor:
-        """(B, H, S, K) turned to the positions."""
-        return rotate(x, self.cos, self.sin)
+    def apply(self, x: Tensor) -> Tensor:
+        """(B, H, S, K) rotated to the positions."""
+        return apply_rope(x, self.cos, self.sin)
 
     def rows(self, index: Tensor) -> Rotary:
         """Those at ``index`` (B, R)."""
@@ -108,7 +121,7 @@ def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
 
 def attention_scores(queries: Tensor, keys: Tensor) -> Tensor:
     """Products in float32, under autocast too: (B, H, Q, K), (B, H_kv, S, K) → (B, H, Q, S), not scaled."""
-    with torch.autocast(queries.device.type, enabled=False):
+    with no_autocast(queries.device.type):
         return queries.float() @ repeat_heads(keys, queries.shape[1]).float().transpose(-1, -2)
 
 
@@ -160,17 +173,12 @@ class Backbone(nn.Module):
     clip_frames: int  # F; ``encode`` takes multiples of it
     merged_frames: int = 1  # pictures that share a group of N tokens; the language model's "frame" is such a group
     message_tokens: int = 0  # tokens that ``prompt`` puts between the video and the question, e.g. a time message
-    pixel_mean: tuple[float, float, float]
-    pixel_std: tuple[float, float, float]
+    pixel_format: PixelFormat
     language_model: nn.Module  # a transformers *Model: embed_tokens, layers, norm, rotary_emb
     lm_head: nn.Module
     tokenizer: Any
 
     # --- what every backbone writes -------------------------------------------------------------------------------
-
-    def preprocess(self, frames: Tensor) -> Tensor:
-        """(T, H, W, 3) uint8 → (T, 3, h, w) normalised pixels."""
-        raise NotImplementedError(f"{type(self).__name__} must define preprocess(frames)")
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(T, 3, h, w) → visual tokens (T / merged_frames, N, D); T is a multiple of ``clip_frames``."""
@@ -196,6 +204,28 @@ class Backbone(nn.Module):
         """Moves and casts as any module does, but leaves rotary frequencies in float32."""
         with exact_frequencies(self):
             return super()._apply(fn, recurse)
+
+    # --- derived --------------------------------------------------------------------------------------------------
+
+    def preprocess(self, frames: Tensor) -> Tensor:
+        """(T, H, W, 3) uint8 → (T, 3, h, w) normalised pixels of the model's type, by ``pixel_format``."""
+        return self.pixel_format(frames, self.dtype)
+
+    def check_frames(self, count: int) -> None:
+        """ValueError unless ``count`` frames fill the clips that are encoded together; names a number that does."""
+        clip = self.clip_frames
+        if count % clip:
+            fits = max(count // clip, 1) * clip
+            raise ValueError(f"a budget of {count} frames does not divide into encoder clips of {clip}; take {fits}")
+
+    @torch.no_grad()
+    def clip_macs(self, size: tuple[int, int]) -> int:
+        """MACs of encoding one clip of pictures of ``size`` (h, w), counted once on a clip of zeros."""
+        known = self.__dict__.setdefault("_clip_macs", {})
+        if size not in known:
+            pixels = torch.zeros(self.clip_frames, 3, *size, dtype=self.dtype, device=self.device)
+            known[size] = count_macs(lambda: self.encode(pixels))[1]
+        return known[size]
 
     # --- the language model, opened up ----------------------------------------------------------------------------
 
@@ -229,7 +259,7 @@ class Backbone(nn.Module):
 
         Here the running count, as in the Llama family: where tokens left, the rest is counted anew. A model whose
         tokens keep their places on several axes computes (axes, B, S) from ``layout.frame`` and ``layout.slot``: they
-        say the same of a token at every layer.
+        say the same of a token at every layer. Text that follows text goes on by one on every axis.
         """
         if layout.gaps:
             return layout.real.cumsum(1) - 1

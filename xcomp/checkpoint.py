@@ -5,13 +5,15 @@ Everything a user can get wrong is a one-line ``ValueError`` that names the file
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,27 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 from xcomp.backbone import check_device
+from xcomp.shipped import built_in
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+# What a config.json may say, wherever in it: the largest count or size that is believed. A model beyond them does not
+# exist, and building one would take all memory before its tensors could be compared.
+SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "depth", "num_attention_heads", "num_key_value_heads", "num_heads"), 1_000),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size", "mm_hidden_size", "projection_dim",
+                     "head_dim", "image_size", "patch_size", "spatial_merge_size", "temporal_patch_size",
+                     "spatial_pool_stride", "window_size", "num_channels", "in_channels", "in_chans",
+                     "mm_local_num_frames"), 1_000_000),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings"), 100_000_000),
+}  # fmt: skip
+SMALL = ("rms_norm_eps", "layer_norm_eps")  # added to what a root is taken of
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 FROM_PICKLE = (
     'python -c "from torch import load; from safetensors.torch import save_file; '
@@ -82,27 +96,68 @@ def resolve_attention(name: str, device: str, dtype: torch.dtype) -> str:
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def local_folder(option: str, place: str) -> Path:
+def find_folder(checkpoint: str | None, *, weights: bool = True) -> Path | None:
+    """The folder of a ``checkpoint`` option: one by its path, a shipped one by name (``tiny``), a hub id's copy; None
+    for none. Without ``weights`` only what describes the model is downloaded."""
+    if checkpoint is None:
+        return None
+    shipped = built_in("checkpoints", "*")
+    if not os.path.exists(checkpoint) and checkpoint in shipped:
+        return shipped[checkpoint]
+    return local_folder("checkpoint", checkpoint, weights=weights)
+
+
+def local_folder(option: str, place: str, *, weights: bool = True) -> Path:
     """The folder itself, or a hub id's downloaded copy; ``option`` is what the user called it."""
     if os.path.isdir(place):
         return Path(place)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(place)):
         raise ValueError(f"{option} '{place}' is neither a folder nor a hub id like 'owner/name'")
     try:
-        return Path(snapshot_download(place, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]))
+        patterns = ["*.json", "*.txt", "*.jinja", "*.py"] + (["*.safetensors"] if weights else [])
+        return Path(snapshot_download(place, allow_patterns=patterns))
     except Exception as error:  # offline, unknown, gated: the client has many kinds of error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{option} '{place}' is no folder, nor could it be downloaded: {reason}") from error
 
 
+@contextmanager
+def within(place: Any) -> Iterator[None]:
+    """Whatever goes wrong inside is a ValueError of one line that names the place.
+
+    For calls of ``transformers`` and ``tokenizers``, which raise what their many parts raise.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = one_line(error)
+        raise ValueError(text if str(place) in text else f"{place}: {text}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; with its type where it says a word or two (a ``KeyError`` names the key)."""
+    text = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
+    text = text if len(text) <= 400 else f"{text[:400]} …"
+    return text if text.count(" ") > 1 else f"{type(error).__name__} {text}".strip()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+    except RecursionError as error:
+        raise ValueError(f"'{path}' is nested too deep to be read; copy or download it again") from error
     except ValueError as error:
         raise ValueError(f"'{path}' is not valid JSON ({error}); copy or download it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"'{path}' must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _finite(text: str) -> float:
+    """A number of a JSON file; JSON itself knows neither NaN nor infinity."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
     return value
 
 
@@ -128,10 +183,27 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     if old.exists():
-        for entry in old.iterdir():
-            if not (target / entry.name).exists() and not re.fullmatch(r"model.*\.safetensors(\..*)?", entry.name):
-                entry.rename(target / entry.name)
-        shutil.rmtree(old)
+        _take_over(old, target)
+
+
+def _take_over(old: Path, target: Path) -> None:
+    """Move what a replaced folder held beside its weights into the new one, and delete the rest."""
+    for entry in old.iterdir():
+        if not (target / entry.name).exists() and not re.fullmatch(r"model.*\.safetensors(\..*)?", entry.name):
+            entry.rename(target / entry.name)
+    shutil.rmtree(old)
+
+
+def mend_folder(folder: str | Path) -> None:
+    """Finish or take back what ``whole_folder`` was doing when its process was killed. Nobody else may write there."""
+    target = Path(folder).resolve()
+    for fresh in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
+        shutil.rmtree(fresh)
+    for old in target.parent.glob(f".{glob.escape(target.name)}.*.old"):
+        if target.exists():
+            _take_over(old, target)
+        else:
+            old.rename(target)
 
 
 # --- weight files -----------------------------------------------------------------------------------------------------
@@ -143,7 +215,7 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        shards = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        shards = [folder / name for name in _shard_names(index)]
         if absent := [shard.name for shard in shards if not shard.is_file()]:
             raise ValueError(f"'{index}' lists {len(shards)} shards, missing: {', '.join(absent)}; download them")
         return shards
@@ -154,6 +226,17 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"'{folder}' holds no model.safetensors (nor model.safetensors.index.json with shards)")
 
 
+def _shard_names(index: Path) -> list[str]:
+    """The files that an index lists, which must lie in its own folder."""
+    places = read_json(index).get("weight_map")
+    names = list(places.values()) if isinstance(places, dict) else []
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"'{index}' must hold a weight_map from tensors to files; download it again")
+    if outside := next((name for name in names if re.search(r"[/\\\0]", name) or name in (".", "..")), None):
+        raise ValueError(f"'{index}' lists {ascii(outside)}; shards must be plain names of files in its own folder")
+    return sorted(set(names))
+
+
 def stored_tensors(files: list[Path]) -> dict[str, tuple[Path, list[int], str]]:
     """Tensor name → (file, shape, type), from the files' headers alone."""
     stored = {}
@@ -162,6 +245,8 @@ def stored_tensors(files: list[Path]) -> dict[str, tuple[Path, list[int], str]]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
                     tensor = file.get_slice(name)
+                    if name in stored:
+                        raise ValueError(f"'{stored[name][0]}' and '{path}' both hold {name}; download them again")
                     stored[name] = (path, list(tensor.get_shape()), tensor.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"'{path}' is cut off or no safetensors file ({error}); download it again") from error
@@ -175,6 +260,22 @@ def refuse_tensors(folder: Path, wrong: list[str]) -> None:
         raise ValueError(f"'{folder}': {len(wrong)} tensors do not fit its config.json: {'; '.join(wrong[:20])}{more}")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite. In one pass, and unlike ``isfinite`` without a copy."""
+    return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in tensor.detach().aminmax())
+
+
+def refuse_values(folder: Path, names: list[str], dtype: torch.dtype) -> None:
+    """ValueError that lists up to 20 of the tensors that hold NaN or infinity once read in ``dtype``; none: nothing."""
+    if names:
+        more = f", and {len(names) - 20} more" if len(names) > 20 else ""
+        raise ValueError(
+            f"'{folder}': {len(names)} tensors hold NaN or infinite numbers in {str(dtype).removeprefix('torch.')}: "
+            f"{', '.join(names[:20])}{more}; copy the weights again, go back to an earlier checkpoint, or give a dtype "
+            "of wider range"
+        )
+
+
 # --- models of transformers -------------------------------------------------------------------------------------------
 
 
@@ -186,27 +287,51 @@ def read_config(folder: Path, needed: str) -> dict[str, Any]:
     return read_json(path)
 
 
+def check_sizes(content: Any, where: str) -> None:
+    """ValueError unless the counts, sizes and small numbers in a config.json's content are such; None is a default."""
+    for key, value in content.items() if isinstance(content, Mapping) else enumerate(content):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if key in SIZES and value is not None and not (whole and 1 <= value <= SIZES[key]):
+            raise ValueError(f"{where}: {key} is {_shortened(value)}; it must be a whole number, 1 to {SIZES[key]:,}")
+        number = whole or isinstance(value, float)
+        if key in SMALL and value is not None and not (number and 0 < value < 1):
+            raise ValueError(f"{where}: {key} is {_shortened(value)}; it must be a number above 0 and below 1")
+        if isinstance(value, (dict, list)):
+            check_sizes(value, where)
+
+
+def _shortened(value: Any) -> str:
+    return text if len(text := ascii(value)) <= 40 else f"{text[:40]} …"
+
+
 def transformers_config(content: dict[str, Any], where: str, kinds: Iterable[str], example: str) -> PreTrainedConfig:
     """config.json's content as ``transformers`` has it, of one of the model types ``kinds``."""
     kind = content.get("model_type")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(
             f"{where} describes model_type '{kind}'; needed: {' or '.join(map(repr, kinds))} "
             f"(folders in transformers' format, like {example})"
         )
-    try:
+    check_sizes(content, where)
+    with within(f"{where} is no configuration of '{kind}'"):
         config = AutoConfig.for_model(**content)
-    except Exception as error:  # transformers raises what its many checks raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{where} is no configuration of '{kind}': {reason}") from error
-    text = config.text_config
+        check_text_config(config.text_config)
+    return config
+
+
+def check_text_config(text: PreTrainedConfig) -> None:
+    """ValueError unless a language model's heads fit its width and it looks back without a limit."""
+    heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    if getattr(text, "head_dim", None) is None and text.hidden_size % heads:
+        raise ValueError(f"hidden_size {text.hidden_size} is no multiple of num_attention_heads {heads}")
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     window = getattr(text, "sliding_window", None)
     if window is not None and window < text.max_position_embeddings:
         raise ValueError(
-            f"{where}: the language model looks back {window} tokens only (sliding_window), and tokens that are "
-            "dropped between layers need full attention; set text_config.sliding_window to null"
+            f"the language model looks back {window} tokens only (sliding_window), and tokens that are dropped between "
+            "layers need full attention; set its sliding_window to null"
         )
-    return config
 
 
 def build_model(model_class: Any, folder: Path | None, found: PreTrainedConfig, options: Any) -> nn.Module:
@@ -218,12 +343,25 @@ def build_model(model_class: Any, folder: Path | None, found: PreTrainedConfig, 
     dtype = DTYPES[options.dtype]
     attention = resolve_attention(options.attn_implementation, options.device, dtype)
     settings = {"dtype": dtype, "attn_implementation": attention}
-    if folder is None:
-        return AutoModelForImageTextToText.from_config(found, **settings).to(options.device)
+    if folder is None or options.device == "meta":
+        with within("architecture" if folder is None else f"'{folder / 'config.json'}'"):
+            with torch.device("meta" if options.device == "meta" else "cpu"):
+                return AutoModelForImageTextToText.from_config(found, **settings).to(options.device)
+    return read_model(model_class, folder, found, **settings).to(options.device)
+
+
+def read_model(model_class: Any, folder: Path, found: PreTrainedConfig, **settings: Any) -> nn.Module:
+    """A model of ``transformers`` with a folder's weights, on the CPU. ``settings`` go to ``from_pretrained``.
+
+    ValueError unless every tensor of the folder has its place in the model, every place its tensor, and all are finite.
+    """
     stored = stored_tensors(weight_files(folder))
-    refuse_tensors(folder, [f"{name} is {dtype}, should be floating-point" for name, (_, _, dtype) in stored.items()
-                            if dtype not in FLOATS])  # fmt: skip
-    with _quiet():
+    # Older checkpoints store the positions' numbers, which are computed since.
+    integers = {name: dtype for name, (_, _, dtype) in stored.items()
+                if dtype not in FLOATS and not name.endswith("position_ids")}  # fmt: skip
+    refuse_tensors(folder, [f"{name} is {dtype}, should be floating-point" for name, dtype in integers.items()])
+    _check_extent(model_class, folder, found, stored)
+    with _quiet(), within(f"'{folder}'"):
         model, info = model_class.from_pretrained(
             folder,
             config=found,
@@ -238,7 +376,20 @@ def build_model(model_class: Any, folder: Path | None, found: PreTrainedConfig, 
     for name, have, want in sorted(info["mismatched_keys"]):
         wrong.append(f"{name} is {list(have)}, should be {list(want)}")
     refuse_tensors(folder, wrong)
-    return model.to(options.device)
+    refuse_values(folder, [n for n, t in model.state_dict().items() if not is_finite(t)], model.dtype)
+    return model
+
+
+def _check_extent(model_class: Any, folder: Path, found: PreTrainedConfig, stored: Mapping[str, Any]) -> None:
+    """ValueError where config.json describes much more than the weights hold: what lacks would be made up in memory."""
+    with _quiet(), torch.device("meta"), within(f"'{folder / 'config.json'}'"):
+        described = sum(parameter.numel() for parameter in model_class(found).parameters())
+    held = sum(math.prod(shape) for _, shape, _ in stored.values())
+    if described > 2 * held + 1_000_000:  # twice: a tied head may be described as one of its own
+        raise ValueError(
+            f"'{folder / 'config.json'}' describes {described:,} weights, but its folder holds {held:,}; "
+            "config.json or the weights are another model's, or shards are missing"
+        )
 
 
 def save_model(
@@ -289,13 +440,16 @@ def end_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No table of tensors in the log: those that do not fit are an error."""
-    before = logging.get_verbosity()
+    """Neither a table of tensors nor a bar on stderr: tensors that do not fit are an error, which is one line."""
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
 
 
 # --- the numbers of a processor ---------------------------------------------------------------------------------------
@@ -307,19 +461,27 @@ def processor_numbers(folder: Path | None, default: dict[str, Any]) -> dict[str,
         if folder is not None and (folder / name).is_file():
             numbers = read_json(folder / name)
             numbers = numbers.get("video_processor") if name == "processor_config.json" else numbers
+            if numbers is not None and not isinstance(numbers, dict):
+                raise ValueError(f"'{folder / name}': video_processor must be an object, not {_shortened(numbers)}")
             if numbers is not None:
+                with within(f"'{folder / name}'"):
+                    pixel_numbers(numbers)
                 return numbers
     return default
 
 
 def pixel_numbers(numbers: dict[str, Any]) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
-    """(resample, mean, std) for :func:`xcomp.pixels.preprocess_frames`; CLIP's where the processor names none."""
+    """(resample, mean, std) for :class:`xcomp.pixels.PixelFormat`; CLIP's where the processor names none."""
     numbers = {name: value for name, value in numbers.items() if value is not None}
-    resample = {2: "bilinear", 3: "bicubic"}.get(numbers.get("resample", 3))
+    given = numbers.get("resample", 3)
+    resample = next((name for number, name in ((2, "bilinear"), (3, "bicubic")) if given == number), None)
     if resample is None:
-        raise ValueError(f"the processor's resample is {numbers['resample']}; it must be 2 (bilinear) or 3 (bicubic)")
+        raise ValueError(f"the processor's resample is {given}; it must be 2 (bilinear) or 3 (bicubic)")
     mean = numbers.get("image_mean", (0.48145466, 0.4578275, 0.40821073))
     std = numbers.get("image_std", (0.26862954, 0.26130258, 0.27577711))
+    _check_colours("image_mean", mean, 3, lowest=-1e6)
+    _check_colours("image_std", std, 3, lowest=1e-6)  # it divides, as does the next
+    _check_colours("rescale_factor", [numbers.get("rescale_factor", 1 / 255)], 1, lowest=1e-6)
     if not numbers.get("do_normalize", True):
         mean, std = (0.0,) * 3, (1.0,) * 3
     factor = numbers.get("rescale_factor", 1 / 255) if numbers.get("do_rescale", True) else 1.0
@@ -327,18 +489,33 @@ def pixel_numbers(numbers: dict[str, Any]) -> tuple[str, tuple[float, ...], tupl
     return resample, mean, std
 
 
+def _check_colours(name: str, values: Any, count: int, *, lowest: float) -> None:
+    """ValueError unless a processor's numbers for red, green and blue, or the one for all, are usable."""
+    listed = isinstance(values, (list, tuple)) and len(values) == count
+    numbers = listed and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+    if not numbers or not all(lowest <= v <= 1e6 for v in values):
+        what = "a number" if count == 1 else f"{count} numbers"
+        shown = _shortened(values[0] if count == 1 else values)
+        raise ValueError(f"the processor's {name} is {shown}; it must be {what} of {lowest:g} to 1e+06")
+
+
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(folder: Path | None, given: str | None, text_config: Any) -> Any:
+def load_tokenizer(folder: Path | None, given: str | None, config: PreTrainedConfig) -> Any:
     """The tokenizer of a checkpoint folder, or of the folder ``given`` as an option; None where there is none.
 
     Only a folder that was asked for and holds no tokenizer is an error.
     """
     place = folder if given is None else local_folder("tokenizer", given)
     if place is not None and any((place / name).is_file() for name in TOKENIZER_FILES):
-        # Given a config, it does not read config.json, whose model type transformers would warn of.
-        return AutoTokenizer.from_pretrained(place, config=text_config, trust_remote_code=False)
+        with within(f"tokenizer '{place}' cannot be read"):
+            # Given a config, it does not read config.json, whose model type transformers would warn of.
+            tokenizer = AutoTokenizer.from_pretrained(place, config=config, trust_remote_code=False)
+            last, known = max(tokenizer.get_vocab().values(), default=-1), config.get_text_config().vocab_size
+        if last >= known:
+            raise ValueError(f"tokenizer '{place}' has ids up to {last}, the language model knows those below {known}")
+        return tokenizer
     if given is not None:
         raise ValueError(f"tokenizer '{place}' holds none of {', '.join(TOKENIZER_FILES)}")
     return None

@@ -1,22 +1,35 @@
 """RunConfig: the typed form of a YAML file, with ``key=value`` overrides.
 
 A component (backbone, compressor, selector, benchmark) is a name or a mapping with ``name`` and options; its options
-are checked against the plugin's own ``Config`` when it is built.
+are checked against the plugin's own ``Config`` when it is built. Where one is given over another (an override over the
+file, an arm over the run), a mapping of the same plugin merges its options into the other's; another plugin, or a plain
+name, replaces it. What the run's backbone says of ``device``, ``dtype`` and ``attn_implementation`` holds for every arm
+that says nothing else.
+
+Folders in ``plugins`` are relative to the file that lists them, in an override to the working directory. Interpolations
+(``${oc.env:DATA}``) are resolved for the run; what is recorded of it holds them as they are written.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
-import xcomp
-from xcomp.registry import build, configure, nearest
+from xcomp.registry import KINDS, build, configure, nearest
+from xcomp.shipped import built_in
 
 TRAINABLE = ("llm", "projector", "vision")
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_DEPTH = 32  # OmegaConf gives up below 100, and a YAML parser that recurses much further ends the process
+MAX_NAME = 255  # bytes; what file systems take
 
 
 class ConfigError(ValueError):
@@ -33,6 +46,26 @@ class Sampling:
     multiple: int = 8
     style: str = "videochat_flash"  # or xcomp: how videos with too few frames are filled
     reader: str = "auto"  # auto, decord, av
+
+
+@dataclass
+class Decoding:
+    """How videos are decoded beside the model. None of it changes a record."""
+
+    workers: int | None = None  # processes; default half of a rank's cores, at most 4; 0: in the process of the model
+    threads: int | None = None  # of each worker's decoder; default the cores divided among the workers
+    chunk: int = 16  # frames in one piece of work
+    seconds: float = 300.0  # a piece of work that takes longer is given up, and its worker replaced
+    memory: float = 4.0  # GB that a worker may take beyond what it starts with
+
+
+@dataclass
+class Memory:
+    """What is kept of one video, in GB; the rest is computed again. None of it changes a record."""
+
+    pixels: float = 2.0  # resized frames, uint8, in host memory (shared with the frames that are decoded ahead)
+    tokens: float = 2.0  # visual tokens and selectors' features, where the model is
+    states: float = 2.0  # key-value caches of a video that is asked further questions (`xcomp ask`)
 
 
 @dataclass
@@ -79,7 +112,12 @@ class Tune:
 
 @dataclass
 class Arm:
-    """One row of a comparison; what is left out is taken from the run."""
+    """One row of a comparison; what is left out is taken from the run.
+
+    A component that names the run's own plugin in a mapping takes the options it leaves out from the run's; another
+    plugin, or a plain name, stands for itself. A backbone always takes ``device``, ``dtype`` and
+    ``attn_implementation`` from the run's where it leaves them out, so ``backbone.device=cuda`` reaches every arm.
+    """
 
     name: str | None = None
     backbone: Any = None
@@ -94,7 +132,7 @@ class RunConfig:
 
     name: str = "run"
     output: str = "runs"  # the run folder is <output>/<name>
-    plugins: list[str] = field(default_factory=list)  # folders of the user's own plugin files
+    plugins: list[str] = field(default_factory=list)  # folders of the user's own plugin files, relative to this file
     seed: int = 0
     backbone: Any = None
     compressor: Any = "none"
@@ -104,44 +142,42 @@ class RunConfig:
     batch_size: int = 1  # questions answered together
     limit: int | None = None  # first questions of the benchmark only
     sampling: Sampling = field(default_factory=Sampling)
+    decoding: Decoding = field(default_factory=Decoding)
+    memory: Memory = field(default_factory=Memory)
     generation: Generation = field(default_factory=Generation)
     arms: list[Arm] = field(default_factory=list)
     tune: Tune = field(default_factory=Tune)
     trainer: dict[str, Any] = field(default_factory=dict)  # passed to lightning.Trainer
+    # (path of keys, text) of what was an interpolation in the file; no key of one
+    _interpolations: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def folder(self) -> Path:
         return Path(self.output) / self.name
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {key: value for key, value in dataclasses.asdict(self).items() if not key.startswith("_")}
 
-
-def built_in(folder: str, pattern: str) -> dict[str, Path]:
-    """What ships in ``configs`` or ``checkpoints``, by name relative to it and without ``.yaml``."""
-    found = {}
-    for root in xcomp.__path__:
-        for path in sorted((Path(root) / folder).glob(pattern)):
-            found[path.relative_to(Path(root) / folder).with_suffix("").as_posix()] = path
-    return found
+    def written(self) -> dict[str, Any]:
+        """``to_dict`` with interpolations as they are written, for what is recorded: a value of the environment may be
+        a secret, and differs from machine to machine."""
+        content = self.to_dict()
+        for path, text in self._interpolations:
+            try:
+                reduce(getitem, path[:-1], content)[path[-1]] = text
+            except (KeyError, IndexError, TypeError):  # of a part that was replaced since, as ``evaluate`` does arms
+                continue
+        return content
 
 
 def find_config(name: str) -> Path:
     """A YAML file by path, or a built-in one by name (``demo``)."""
-    if Path(name).is_file():
+    if os.path.isfile(name):  # Path.is_file fails on a name that is too long
         return Path(name)
     known = built_in("configs", "**/*.yaml")
     if name in known:
         return known[name]
     raise ConfigError(f"config '{name}' does not exist;{nearest(name, known)} built-in configs: {', '.join(known)}")
-
-
-def find_checkpoint(name: str) -> str:
-    """A checkpoint folder: a path as it is, a shipped one by name (``tiny``), else the name as a hub id."""
-    known = built_in("checkpoints", "*")
-    if not Path(name).exists() and name in known:
-        return str(known[name])
-    return name
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -155,14 +191,112 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if "=" not in override:
             raise ConfigError(f"override '{override}' is not of the form key=value")
     try:
-        given = OmegaConf.load(path)
-        given.merge_with_dotlist(list(overrides))
-        content = OmegaConf.to_container(given, resolve=True)
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config '{path}' cannot be read: {' '.join(str(error).split())}") from error
-    except (TypeError, IndexError) as error:
+        written = _override(_read(path), overrides)
+        content = OmegaConf.to_container(OmegaConf.create(written), resolve=True)
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ConfigError(f"config '{path}' cannot be read: {reason}") from error
+    except (TypeError, IndexError, AttributeError) as error:
         raise ConfigError(f"config '{path}' does not take the overrides {list(overrides)}: {error}") from error
-    return parse_config(content, str(path))
+    config = parse_config(content, str(path))
+    return dataclasses.replace(config, _interpolations=list(_interpolations(written, content)))
+
+
+def _read(path: Path) -> Any:
+    """A YAML file's content with interpolations as they are written, and folders of plugins as seen from here."""
+    from omegaconf import OmegaConf
+
+    _check_depth(path.read_text(encoding="utf-8"))
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    folders = content.get("plugins") if isinstance(content, dict) else None
+    if isinstance(folders, list):
+        # One that opens with an interpolation (${oc.env:PLUGINS}) is given from outside, as in an override.
+        own = [isinstance(folder, str) and not folder.startswith("${") for folder in folders]
+        content["plugins"] = [os.path.normpath(path.parent / f) if is_own else f for f, is_own in zip(folders, own)]
+    return content
+
+
+def _check_depth(text: str) -> None:
+    """ValueError where YAML nests deeper than a configuration may; told without building what it describes."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"line {event.start_mark.line + 1} is nested deeper than {MAX_DEPTH} levels")
+
+
+def _override(content: Any, overrides: Sequence[str]) -> Any:
+    """``content`` with ``key=value`` overrides merged in.
+
+    A component that gets another plugin keeps nothing of the one before: beside the merged content stands one in which
+    components were empty to begin with, so it holds what overrides say of them and no more.
+    """
+    if not isinstance(content, Mapping) or not overrides:
+        return content
+    for override in overrides:
+        _check_depth(override.partition("=")[2])
+    before = _components(content)
+    named = {path: {"name": node} if _is_plain_name(node) else node for path, node in before.items()}
+    merged = _merged(_with_components(content, named), overrides)
+    said = _components(_merged(_with_components(content, dict.fromkeys(before, {})), overrides))
+    changed = {}
+    for path, node in _components(merged).items():
+        old = named.get(path)
+        if path in before and said.get(path) == {}:  # no override speaks of it
+            changed[path] = before[path]
+        elif isinstance(old, Mapping) and isinstance(node, Mapping) and node.get("name") != old.get("name"):
+            changed[path] = said[path]
+    return _with_components(merged, changed)
+
+
+def _is_plain_name(node: Any) -> bool:
+    return isinstance(node, str) and "${" not in node
+
+
+def _merged(content: Any, overrides: Sequence[str]) -> Any:
+    from omegaconf import OmegaConf
+
+    given = OmegaConf.create(content)
+    given.merge_with_dotlist(list(overrides))
+    return OmegaConf.to_container(given)
+
+
+def _components(content: Mapping[str, Any]) -> dict[tuple[str | int, ...], Any]:
+    """Path of keys → node, for every place of a configuration that names a plugin and is there."""
+    tune = content.get("tune")
+    tune = tune if isinstance(tune, Mapping) else {}
+    holders = [((), content)]
+    for path, rows in (
+        (("arms",), content.get("arms")),
+        *((("tune", part), tune.get(part)) for part in ("data", "validation")),
+    ):
+        holders += [((*path, i), row) for i, row in enumerate(rows if isinstance(rows, list) else [])]
+    return {
+        (*path, kind): row[kind]
+        for path, row in holders
+        for kind in KINDS
+        if isinstance(row, Mapping) and row.get(kind) is not None
+    }
+
+
+def _with_components(content: Mapping[str, Any], nodes: Mapping[tuple[str | int, ...], Any]) -> Any:
+    """A copy of the configuration in which ``nodes`` stand at their paths."""
+    content = copy.deepcopy(content)
+    for path, node in nodes.items():
+        reduce(getitem, path[:-1], content)[path[-1]] = copy.deepcopy(node)
+    return content
+
+
+def _interpolations(written: Any, resolved: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any, str]]:
+    """(path of keys, text as written) wherever resolving made a difference."""
+    if isinstance(written, str):
+        if written != resolved:
+            yield path, written
+    elif isinstance(written, (Mapping, list)):
+        for key in written if isinstance(written, Mapping) else range(len(written)):
+            yield from _interpolations(written[key], resolved[key], (*path, key))
 
 
 def parse_config(content: Any, where: str) -> RunConfig:
@@ -172,8 +306,15 @@ def parse_config(content: Any, where: str) -> RunConfig:
 
     if not isinstance(content, Mapping):
         raise ConfigError(f"config '{where}' must be a mapping of keys, not {type(content).__name__}")
+    _check_values(content, where)
     _check_keys(RunConfig, content, where)
-    for part, node in (("sampling", Sampling), ("generation", Generation), ("tune", Tune)):
+    for part, node in (
+        ("sampling", Sampling),
+        ("decoding", Decoding),
+        ("memory", Memory),
+        ("generation", Generation),
+        ("tune", Tune),
+    ):
         _check_keys(node, content.get(part, {}), f"{where}: {part}")
     arms = content.get("arms") or []
     if not isinstance(arms, list):
@@ -185,14 +326,51 @@ def parse_config(content: Any, where: str) -> RunConfig:
     except (OmegaConfBaseException, TypeError) as error:
         key = f", key '{error.full_key}'" if getattr(error, "full_key", None) else ""
         raise ConfigError(f"config '{where}'{key}: {str(error).splitlines()[0]}") from error
+    _check_values(config.to_dict(), where)  # also what was text and became a number, like "nan"
     _check_ranges(config, where)
     return config
+
+
+def _check_values(value: Any, where: str, path: str = "", depth: int = 0) -> None:
+    """ConfigError for what no run can be made of or recorded with, wherever it stands; ``path`` says where."""
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"config '{where}' is nested deeper than {MAX_DEPTH} levels, at {_short(path)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"config '{where}': {path} is {value}; it must be a finite number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"config '{where}': {path} is {_short(value)}; a number must fit into 64 bits")
+    if isinstance(value, str) and (wrong := _unwritable(value)):
+        raise ConfigError(f"config '{where}': {path} is {_short(value)}, which holds {wrong}")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if wrong := _unwritable(str(key)):
+                raise ConfigError(f"config '{where}': the key {_short(key)} holds {wrong}")
+            _check_values(item, where, f"{path}.{key}" if path else str(key), depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _check_values(item, where, f"{path}[{i}]", depth + 1)
+
+
+def _unwritable(text: str) -> str | None:
+    """What in a text keeps it from being written to a file or naming one, in words."""
+    if "\0" in text:
+        return "a null character"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "half of a surrogate pair: write the character itself"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:60]} … ({len(text)} characters)"
 
 
 def _check_keys(node: type, content: Any, where: str) -> None:
     if not isinstance(content, Mapping):
         raise ConfigError(f"config '{where}' must be a mapping of keys, not {content!r}")
-    known = [f.name for f in dataclasses.fields(node)]
+    known = [f.name for f in dataclasses.fields(node) if not f.name.startswith("_")]
     for key in content:
         if key not in known:
             hint = nearest(str(key), known)
@@ -210,6 +388,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         (config.limit is None or config.limit >= 1, f"limit is {config.limit}; it must be at least 1"),
         (config.sampling.rate > 0, f"sampling.rate is {config.sampling.rate}; it must be above 0 frames a second"),
         *_generation_rules(config.generation),
+        *_decoding_rules(config.decoding, config.memory),
         (config.tune.weight_decay >= 0, f"tune.weight_decay is {config.tune.weight_decay}; it must be at least 0"),
         (0 <= config.tune.warmup_ratio <= 1, f"tune.warmup_ratio is {config.tune.warmup_ratio}; it must be 0..1"),
         (config.tune.num_workers >= 0, f"tune.num_workers is {config.tune.num_workers}; it must be at least 0"),
@@ -220,6 +399,10 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         (
             config.name not in ("", "..") and Path(config.name).name == config.name,
             f"name is '{config.name}'; it must be a plain name",
+        ),
+        (
+            len(os.fsencode(config.name)) <= MAX_NAME,
+            f"name is {_short(config.name)}; file systems take at most {MAX_NAME} bytes",
         ),
         *(
             (part in TRAINABLE, f"tune.train names '{part}';{nearest(part, TRAINABLE)} parts: {', '.join(TRAINABLE)}")
@@ -232,6 +415,17 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         if not holds:
             raise ConfigError(f"config '{where}': {message}")
     _check_sampling(config.sampling, where)
+
+
+def _decoding_rules(d: Decoding, m: Memory) -> list[tuple[bool, str]]:
+    """As ``_generation_rules``."""
+    counts = (("workers", d.workers, 0), ("threads", d.threads, 1), ("chunk", d.chunk, 1))
+    return [
+        *((n is None or n >= low, f"decoding.{k} is {n}; it must be at least {low}") for k, n, low in counts),
+        (d.seconds > 0, f"decoding.seconds is {d.seconds}; it must be above 0"),
+        (d.memory > 0, f"decoding.memory is {d.memory}; it must be above 0 GB"),
+        *((v >= 0, f"memory.{k} is {v}; it must be at least 0 GB") for k, v in vars(m).items()),
+    ]
 
 
 def _generation_rules(g: Generation) -> list[tuple[bool, str]]:

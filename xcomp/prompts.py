@@ -105,6 +105,7 @@ class Chat:
             prefix = prefix[1:]  # the template wrote one too
         self.prefix_ids = torch.tensor(prefix, dtype=torch.long)
         self.header_ids = self._ids(format.after, f"{placeholder}{format.between}?")
+        self.message_tokens = len(self._ids(format.between, placeholder))
 
     def prompt(self, question: str) -> Prompt:
         asked = self._ids(self.format.between + question, self.placeholder)

@@ -125,7 +125,7 @@ class Video:
         VideoError: if the path does not exist, is no video, or has no frames.
     """
 
-    def __init__(self, path: str | Path, reader: str = "auto"):
+    def __init__(self, path: str | Path, reader: str = "auto", *, threads: int = 1):
         if reader not in READERS:
             raise ValueError(f"reader={reader!r} is not one of {', '.join(READERS)}")
         self.path = str(path)
@@ -133,12 +133,20 @@ class Video:
             raise VideoError(f"{self.path}: no such file or folder")
         self._source: _Source | None = _open(self.path, reader)
         self.reader = self._source.name
+        self.reader_version = self._source.name
         self.num_frames = self._source.num_frames
         self.fps = self._source.fps
         if self.num_frames < 1:
             self.close()
             raise VideoError(f"{self.path}: video has no frames")
         self.duration = self.num_frames / self.fps
+
+    def times(self, indices):
+        return [i / self.fps for i in indices]
+
+    def read(self, indices):
+        for i in sorted(set(indices)):
+            yield i, self.frames([i])[0].numpy()
 
     def frames(self, indices: Iterable[int] | torch.Tensor) -> torch.Tensor:
         """(T, H, W, 3) uint8 RGB: the frames of these numbers, in this order; repeats are allowed.
@@ -160,6 +168,9 @@ class Video:
             raise
         except Exception as error:  # decord and PyAV raise types of their own
             raise VideoError(f"{self.path}: cannot decode frames ({_first_line(error)})") from error
+
+    def changed(self):
+        return self._source is None
 
     def close(self) -> None:
         """Releases the file. Closing twice is fine."""

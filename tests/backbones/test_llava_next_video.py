@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
+from damage import check_refused, contents, cut, drop_tensors, edit, edit_tensors
 from safetensors.torch import load_file, save_file
 from tiny_llava import TEXT, VIDEO_ID, VISION, architecture, save_tokenizer
 from torch import nn
@@ -16,7 +17,7 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
 )
-from xcomp.backbones.llava_next_video import FORMATS, LlavaNextVideo, model_config, pixel_rules, tokens_per_frame
+from xcomp.backbones.llava_next_video import FORMATS, LlavaNextVideo, model_config, pixel_format, tokens_per_frame
 
 import xcomp
 from xcomp.backbone import ShownVideo
@@ -177,7 +178,7 @@ def test_round_trip(kind, size, tied, words, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert (again.lm_head.weight is again.language_model.embed_tokens.weight) == tied
     assert torch.equal(again.prompt("Why?", SHOWN).suffix_ids, model.prompt("Why?", SHOWN).suffix_ids)
-    assert again.rules == model.rules and again.stop_ids == model.stop_ids
+    assert again.pixel_format == model.pixel_format and again.stop_ids == model.stop_ids
     assert KINDS[kind].from_pretrained(tmp_path / "m", output_loading_info=True)[1]["missing_keys"] == set()
 
 
@@ -223,36 +224,6 @@ def test_names_of_released_checkpoints_are_understood(tmp_path):
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
-def edit(name, change):
-    """Damage to a JSON file."""
-
-    def damage(folder):
-        content = json.loads((folder / name).read_text())
-        change(content)
-        (folder / name).write_text(json.dumps(content))
-
-    return damage
-
-
-def edit_tensors(change):
-    def damage(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return damage
-
-
-def cut(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def drop_tower(tensors):
-    for name in [n for n in tensors if "vision_tower" in n]:
-        del tensors[name]
-
-
 NUMBERS = "video_preprocessor_config.json"
 NORM = "language_model.model.norm.weight"
 BROKEN = {
@@ -285,7 +256,7 @@ BROKEN = {
         "48 pixels in patches of 48 leave",
     ),
     "missing": (edit_tensors(lambda t: t.pop(NORM)), "1 tensors .*missing model.language_model.norm.weight"),
-    "many missing": (edit_tensors(drop_tower), r"5\d tensors .*missing .*and 3\d more"),
+    "many missing": (drop_tensors("vision_tower"), r"5\d tensors .*missing .*and 3\d more"),
     "unexpected": (edit_tensors(lambda t: t.update(extra=torch.zeros(2))), "1 tensors .*unexpected extra"),
     "shape": (
         edit_tensors(lambda t: t.update({NORM: torch.zeros(31)})),
@@ -307,18 +278,12 @@ BROKEN = {
 def sound(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound") / "m"
     build().save_pretrained(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return contents(folder)
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_checkpoints_say_what_is_wrong(case, sound, tmp_path):
-    for name, content in sound.items():
-        (tmp_path / name).write_bytes(content)
-    damage, message = BROKEN[case]
-    damage(tmp_path)
-    with pytest.raises(ValueError, match=message) as caught:
-        load(tmp_path)
-    assert "\n" not in str(caught.value)
+    check_refused(sound, tmp_path, *BROKEN[case], load)
 
 
 @pytest.mark.parametrize(
@@ -452,6 +417,18 @@ def test_a_template_without_the_video_is_refused(template, tmp_path):
         build(tokenizer=save_tokenizer(tmp_path, "vicuna", template))
 
 
+@pytest.mark.parametrize("kind, more", [("llava_next_video", 0), ("llava_onevision", 1)])
+@pytest.mark.parametrize("family", OTHERS)
+def test_what_stands_before_the_question_is_counted(family, kind, more, words):
+    """The line end, and the newline vector where the model has one: QC-Comp does not take them for the question."""
+    model = build(architecture(family, kind, 40 if more else 48), tokenizer=words[OTHERS[family]])
+    asked = model.prompt("What colour is the cross?", SHOWN).question_ids
+    assert model.message_tokens >= 1 + more
+    question = model.tokenizer.decode(asked[model.message_tokens :].tolist()).strip()
+    assert question.replace(" ", "") == "Whatcolouristhecross?"
+    assert model.message_tokens == len(model.prompt("", SHOWN).question_ids)
+
+
 def test_another_models_tokenizer_is_refused(words, tiny_tokenizer):
     with pytest.raises(ValueError, match="has the id 0 for <video>, config.json's video_token_index is 3"):
         build(tokenizer=str(tiny_tokenizer))
@@ -506,7 +483,7 @@ def test_pixels_are_those_of_transformers_processor(numbers, shape, sound, tmp_p
     theirs = CLIPImageProcessorPil(**numbers)(images=list(frames.numpy()), return_tensors="np")["pixel_values"]
     theirs, ours = torch.tensor(np.stack(theirs)), model.preprocess(frames)
     assert ours.shape == theirs.shape == (3, 3, 48, 48) and ours.dtype == torch.float32
-    levels = (ours - theirs).abs() * torch.tensor(model.pixel_std).view(3, 1, 1) * 255
+    levels = (ours - theirs).abs() * torch.tensor(model.pixel_format.std).view(3, 1, 1) * 255
     assert levels.mean() < 0.05 and levels.max() < 2.01
 
 
@@ -517,14 +494,14 @@ def test_numbers_are_looked_for_as_transformers_does(sound, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(plain | {"image_mean": [0.1] * 3}))
     (tmp_path / NUMBERS).write_text(json.dumps(plain | {"image_mean": [0.2] * 3}))
     (tmp_path / "processor_config.json").write_text(json.dumps({"patch_size": 8}))
-    assert load(tmp_path).pixel_mean == pytest.approx((0.2,) * 3)
+    assert load(tmp_path).pixel_format.mean == pytest.approx((0.2,) * 3)
     nested = {"video_processor": plain | {"image_mean": [0.3] * 3}}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
-    assert load(tmp_path).pixel_mean == pytest.approx((0.3,) * 3)
+    assert load(tmp_path).pixel_format.mean == pytest.approx((0.3,) * 3)
     (tmp_path / "processor_config.json").unlink()
     (tmp_path / NUMBERS).unlink()
-    assert load(tmp_path).pixel_mean == pytest.approx((0.1,) * 3)
+    assert load(tmp_path).pixel_format.mean == pytest.approx((0.1,) * 3)
     (tmp_path / "preprocessor_config.json").unlink()
-    rules = load(tmp_path).rules
-    assert rules == pixel_rules({"size": {"shortest_edge": 48}, "crop_size": 48, "resample": None}, 48)
+    rules = load(tmp_path).pixel_format
+    assert rules == pixel_format({"size": {"shortest_edge": 48}, "crop_size": 48, "resample": None}, 48)
     assert rules.mean[0] == pytest.approx(0.48145466)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from xcomp.config import ConfigError, RunConfig, check_component, frame_budgets, split_component
+from xcomp.registry import load_class
+
+PARTS = ("backbone", "compressor", "selector")
+# Where and how a backbone computes: the run's holds for every arm, whatever backbone the arm names.
+COMPUTING = ("device", "dtype", "attn_implementation")
 
 
 @dataclass(frozen=True)
 class ResolvedArm:
-    """One arm with nothing left to default. ``group`` is its name without the frame budget."""
+    """One arm with nothing left to default. ``group`` is its name without the frame budget.
+
+    ``written`` holds its parts with interpolations as the file writes them.
+    """
 
     name: str
     group: str
@@ -18,38 +27,67 @@ class ResolvedArm:
     compressor: Any
     selector: Any
     frames: int | None
+    written: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def description(self) -> dict[str, Any]:
         """As run.json lists it."""
-        checkpoint = split_component("backbone", self.backbone)[1].get("checkpoint")
-        return {**asdict(self), "checkpoint": checkpoint}
+        shown = {key: getattr(self, key) for key in ("name", "group", *PARTS, "frames")} | self.written
+        return {**shown, "checkpoint": _options(shown["backbone"]).get("checkpoint")}
 
     def config(self, run: RunConfig) -> RunConfig:
         """The run's configuration with this arm's parts."""
-        parts = {k: getattr(self, k) for k in ("backbone", "compressor", "selector", "frames")}
+        parts = {k: getattr(self, k) for k in (*PARTS, "frames")}
         return replace(run, **parts, arms=[])
 
 
 def resolve_arms(config: RunConfig) -> list[ResolvedArm]:
     """The arms of a run, checked: plugins exist, options fit, names differ. Without ``arms``, the run itself is one."""
-    resolved = []
-    for number, arm in enumerate(config.arms or [None]):
+    resolved, run, written = [], config.to_dict(), config.written()
+    for number, (own, own_written) in enumerate(zip(run["arms"] or [{}], written["arms"] or [{}])):
         where = f"arms[{number}]"
-        own = {} if arm is None else {k: v for k, v in vars(arm).items() if v is not None}
-        parts = {kind: own.get(kind, getattr(config, kind)) for kind in ("backbone", "compressor", "selector")}
-        if parts["backbone"] is None:
+        backbone = own.get("backbone") or config.backbone
+        if backbone is None:
             raise ConfigError(f"{where}: no backbone; name one for the run or the arm")
+        options = load_class("backbone", split_component("backbone", backbone)[0], config.plugins).Config
+        computing = {f.name for f in fields(options)} & set(COMPUTING)
+        parts, parts_written = _parts(run, own, computing), _parts(written, own_written, computing)
         for kind, node in parts.items():
             check_component(kind, node, config.plugins)
         names = [split_component(kind, parts[kind])[0] for kind in ("compressor", "selector")]
-        group = own.get("name", " + ".join(names))
-        budgets = frame_budgets(own.get("frames", config.frames), where)
+        group = " + ".join(names) if own.get("name") is None else own["name"]
+        budgets = frame_budgets(config.frames if own.get("frames") is None else own["frames"], where)
         for frames in budgets:
             name = f"{group}, {frames} frames" if len(budgets) > 1 else group
-            resolved.append(ResolvedArm(name, group, **parts, frames=frames))
+            resolved.append(ResolvedArm(name, group, **parts, frames=frames, written=parts_written))
     _check_names([arm.name for arm in resolved])
     return resolved
+
+
+def _parts(run: Mapping[str, Any], arm: Mapping[str, Any], computing: set[str]) -> dict[str, Any]:
+    """An arm's backbone, compressor and selector; ``computing``: which of ``COMPUTING`` are options of its backbone."""
+    parts = {kind: _part(run[kind], arm.get(kind)) for kind in PARTS}
+    given = {key: value for key, value in _options(run["backbone"]).items() if key in computing}
+    if given:
+        backbone = parts["backbone"]
+        parts["backbone"] = {"name": _name(backbone), **given, **_options(backbone)}
+    return parts
+
+
+def _part(node: Any, own: Any) -> Any:
+    """The run's component, or the arm's own; of the same plugin, the arm's options over the run's."""
+    if own is None:
+        return node
+    same = isinstance(own, Mapping) and isinstance(node, Mapping) and _name(own) == _name(node)
+    return {**node, **own} if same else own
+
+
+def _name(node: Any) -> Any:
+    return node.get("name") if isinstance(node, Mapping) else node
+
+
+def _options(node: Any) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if key != "name"} if isinstance(node, Mapping) else {}
 
 
 def _check_names(names: list[str]) -> None:
