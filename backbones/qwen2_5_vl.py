@@ -110,7 +110,7 @@ def model_config(content: dict[str, Any], where: str) -> PreTrainedConfig:
     return config
 
 
-def shown(options: Any, saved: dict[str, Any], factor: int) -> dict[str, Any]:
+def frame_options(options: Any, saved: dict[str, Any], factor: int) -> dict[str, Any]:
     """Frame size and seconds between groups: as asked for, else as the checkpoint was saved, else the defaults."""
     values = {name: getattr(options, name) for name in DEFAULTS}
     values = {name: saved.get(name, DEFAULTS[name]) if given is None else given for name, given in values.items()}
@@ -162,11 +162,11 @@ class Qwen25VL(Backbone):
         vision = found.vision_config
         self.merged_frames = self.clip_frames = vision.temporal_patch_size
         factor = vision.patch_size * vision.spatial_merge_size
-        self.shown = shown(config, content.get(OWN) or {}, factor)
-        self.size = self.shown["height"], self.shown["width"]
+        self.frame_options = frame_options(config, content.get(OWN) or {}, factor)
+        self.size = self.frame_options["height"], self.frame_options["width"]
         self.grid = self.size[0] // factor, self.size[1] // factor
         self.tokens_per_frame = self.grid[0] * self.grid[1]
-        self.interval = vision.tokens_per_second * self.shown["second_per_grid"]
+        self.interval = vision.tokens_per_second * self.frame_options["second_per_grid"]
         self._folder = folder
         self._numbers = processor_numbers(folder, {"patch_size": vision.patch_size})
         resample, mean, std = pixel_numbers(self._numbers)
@@ -187,7 +187,7 @@ class Qwen25VL(Backbone):
     def save_pretrained(self, folder: str, dtype: str | None = None) -> None:
         """Write a checkpoint in ``transformers``' format, in ``dtype`` (default: the model's own)."""
         words = {"tokenizer": self.tokenizer, "source": self._folder}
-        save_model(self.model, folder, dtype, numbers=self._numbers, more={OWN: self.shown}, **words)
+        save_model(self.model, folder, dtype, numbers=self._numbers, more={OWN: self.frame_options}, **words)
 
     # --- frames to visual tokens --------------------------------------------------------------------------------------
 

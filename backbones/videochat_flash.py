@@ -344,9 +344,7 @@ def vision_sizes(architecture: dict[str, Any]) -> VisionSizes:
     layer = architecture.get("mm_vision_select_layer", -2)
     num_blocks = sizes["num_hidden_layers"] + layer + 1 if type(layer) is int else 0
     if num_blocks < 1 or layer >= 0:
-        raise ValueError(
-            f"mm_vision_select_layer {layer} must count from the end, -1 to -{sizes['num_hidden_layers']}"
-        )
+        raise ValueError(f"mm_vision_select_layer {layer} must count from the end, -1 to -{sizes['num_hidden_layers']}")
     for divisor, whole in (("num_attention_heads", "hidden_size"), ("patch_size", "image_size")):
         if sizes[whole] % sizes[divisor]:
             raise ValueError(f"vision {whole} {sizes[whole]} is no multiple of {divisor} {sizes[divisor]}")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import xcomp
-from xcomp.cli import _parser
 from xcomp.checkpoint import find_folder
+from xcomp.cli import _parser
 from xcomp.compare.arms import resolve_arms
 from xcomp.config import (
     Arm,
@@ -127,7 +127,7 @@ def test_an_unknown_key_suggests_the_nearest(content, message):
         ({"sampling": {"max_frames": 12}}, "sampling: max_frames=12 must be a multiple of 8"),
         ({"sampling": {"min_frames": 1024}}, "sampling: min_frames=1024 must be between 0 and max_frames=512"),
         ({"sampling": {"style": "newest"}}, "sampling: style='newest' is not one of videochat_flash, xcomp"),
-        ({"sampling": {"reader": "vlc"}}, "sampling.reader is 'vlc'; readers: auto, decord, av"),
+        ({"sampling": {"reader": "vlc"}}, "sampling.reader is 'vlc'; readers: auto, decord, av, torchcodec"),
         ({"generation": {"max_new_tokens": 0}}, "generation.max_new_tokens is 0"),
         ({"generation": {"repetition_penalty": 0}}, "generation.repetition_penalty is 0.0; it must be above 0"),
         ({"generation": {"num_beams": 0}}, "generation.num_beams is 0"),

@@ -115,12 +115,12 @@ class Spy:
                 module.register_forward_hook(self._linear)
         attend = backbone.attend
 
-        def watched(layer, queries, keys, values, mask, causal=False, real=None):
-            rows, width = queries.shape[2], keys.shape[2]
-            assert rows == width or not causal
-            seen = rows * (rows + 1) // 2 if causal else rows * width if mask is None else int(mask.sum())
-            self.macs += 2 * seen * queries.shape[1] * queries.shape[3]
-            return attend(layer, queries, keys, values, mask, causal=causal, real=real)
+        def watched(layer, queries, keys, values, layout, rows=None):
+            assert keys.shape[2] == layout.width and not layout.padded
+            asking = torch.arange(layout.width).unsqueeze(0) if rows is None else rows
+            assert asking.shape == (1, queries.shape[2])
+            self.macs += 2 * int((asking + 1).sum()) * queries.shape[1] * queries.shape[3]
+            return attend(layer, queries, keys, values, layout, rows)
 
         monkeypatch.setattr(backbone, "attend", watched)
 
@@ -236,10 +236,7 @@ def test_qc_comp_is_counted_as_it_is_run(compressor, variant, monkeypatch):
     options = {"clip_frames": 2, "window_clips": 4, "window_stride": 2, "chunk_frames": 8, "query_bias": 1}
     selector = xcomp.load_selector("qc_comp", variant=variant, **options)
     frames = torch.randint(0, 256, (14, 8, 8, 3), dtype=torch.uint8)
-    queries = [
-        FrameQuery(text, backbone.prompt(text, ShownVideo(7.0, 14)))
-        for text in ("Why is that so?", "Where?")
-    ]
+    queries = [FrameQuery(text, backbone.prompt(text, ShownVideo(7.0, 14))) for text in ("Why is that so?", "Where?")]
     spy, scored = Spy(backbone, monkeypatch), 0
     mean_probability = qc_comp._mean_probability
 

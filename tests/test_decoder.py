@@ -8,7 +8,7 @@ from conftest import FAMILIES, relative_error
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import xcomp
-from xcomp.backbone import attention_probabilities, repeat_heads, apply_rope
+from xcomp.backbone import apply_rope, attention_probabilities, repeat_heads
 from xcomp.decoder import Decoder
 from xcomp.registry import plugins
 

@@ -1,5 +1,12 @@
 """A video in flight: what it gives is a function of frame numbers, computed once and in bounded memory."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
 import pytest
 import torch
 from conftest import relative_error
@@ -104,7 +111,7 @@ def test_kept_pixels_stay_within_their_budget(backbone, pieces):
     budget = PixelBudget(Memory(pixels=pieces * piece / GIGABYTE))
     pool = Pool()
     with VideoInFlight("v", backbone, pool, budget=budget) as video:
-        for round_number in range(2):
+        for _ in range(2):
             for frame in range(COUNT):
                 assert torch.equal(video.pixels([frame]), backbone.pixel_format.resize(FRAMES[[frame]]))
                 held = sum(p.arrays[0].nbytes for p in set(video._frames._pieces.values()) if p.arrays)
@@ -187,3 +194,52 @@ def test_states_are_kept_only_if_asked(backbone):
         with video_of(FRAMES, backbone, keep_states=keep) as video:
             assert (video.state("k", "prefill", compute) is video.state("k", "prefill", compute)) == keep
         assert len(made) == count
+
+
+# --- real files -------------------------------------------------------------------------------------------------------
+
+MEMORY = """
+import sys, json
+import torch
+from xcomp.config import Decoding, Memory, Sampling
+from xcomp.decoding import DecodingPool
+from xcomp.inflight import VideoInFlight
+from xcomp.memory import PeakMemory
+from xcomp.tiny import tiny_backbone
+from pathlib import Path
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+torch.set_num_threads(1)
+backbone, sampling = tiny_backbone(), Sampling(rate=25, min_frames=8, max_frames=int(sys.argv[2]))
+with torch.no_grad(), DecodingPool(Decoding(workers=0, threads=1), sampling) as pool:
+    with VideoInFlight(sys.argv[1], backbone, pool) as video:
+        video.pixels(video.candidates[:1])
+    before = resident()
+    with PeakMemory(torch.device("cpu")) as peak, VideoInFlight(sys.argv[1], backbone, pool, Memory()) as video:
+        tokens = video.tokens(video.candidates)
+    print(json.dumps([len(video.candidates), len(tokens), (peak.bytes["host"] - before) / 1e6]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell peak memory")
+def test_memory_does_not_grow_with_the_frames_nor_with_their_size(tmp_path):
+    """480 frames of 1.2 MB each are 590 MB; what the model's process may take for them is a few."""
+    path = tmp_path / "large.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast", "g": "25"})
+        stream.width, stream.height, stream.pix_fmt = 854, 480, "yuv420p"
+        picture = av.VideoFrame.from_ndarray(np.zeros((480, 854, 3), np.uint8), format="rgb24")
+        for _ in range(480):
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    grown = {}
+    for count in (40, 480):
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(path), str(count)], capture_output=True, text=True, check=True
+        )
+        frames, groups, grown[count] = json.loads(done.stdout)
+        assert frames == groups == count
+    assert grown[480] < 60 and grown[480] < grown[40] + 20, grown

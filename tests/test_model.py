@@ -276,5 +276,5 @@ def test_a_configuration_names_the_parts(backbone):
     config = parse_config({"compressor": {"name": "avg_pool", "tokens": 2}, "frames": 8, "batch_size": 2}, "x")
     model = VideoQA.from_config(config, backbone)
     assert type(model.compressor).__name__ == "AvgPool" and model.compressor.config.tokens == 2
-    assert model.answerer.frames == 8 and model.answerer.batch_size == 2
+    assert model.answerer.budget == 8 and model.answerer.batch_size == 2
     assert model.backbone is backbone and model.decoder.compressor is model.answerer.compressor is model.compressor

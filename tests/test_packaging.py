@@ -127,7 +127,8 @@ def test_installed_configs_checkpoints_and_plugins_are_found_by_name(installed, 
         "from xcomp.registry import load_class\n"
         "plugin = __import__('sys').modules[load_class('compressor', 'lp_comp').__module__]\n"
         "config = load_config('brand_new/deeper/run').name\n"
-        "print(json.dumps([list(built_in('configs', '**/*.yaml')), str(find_folder('small')), plugin.__file__, config]))"
+        "configs = list(built_in('configs', '**/*.yaml'))\n"
+        "print(json.dumps([configs, str(find_folder('small')), plugin.__file__, config]))"
     )
     configs, checkpoint, plugin, name = json.loads(installed("-c", script))
     shipped = {p.relative_to(source / "configs").with_suffix("").as_posix() for p in source.glob("configs/**/*.yaml")}

@@ -69,7 +69,11 @@ class Answer:
 
 
 class Answerer:
-    """A backbone, a compressor and a selector that answer questions. ``frames``: the selector's budget; None: all."""
+    """A backbone, a compressor and a selector that answer questions.
+
+    ``budget`` is how many frames the selector is asked for (None: all candidates are shown), ``batch_size`` how many
+    questions are written answers to at once.
+    """
 
     def __init__(
         self,
@@ -77,7 +81,7 @@ class Answerer:
         compressor: Compressor | None = None,
         selector: FrameSelector | None = None,
         *,
-        frames: int | None = None,
+        budget: int | None = None,
         generation: Generation | None = None,
         batch_size: int = 1,
     ):
@@ -85,16 +89,26 @@ class Answerer:
         check_pixel_format(name_of("backbone", backbone), backbone)
         if selector is not None and selector.uses_video and type(selector).score is FrameSelector.score:
             check_methods("selector", selector, "score_frames")
-        if frames is not None:
-            backbone.check_frames(frames)
+        if budget is not None:
+            backbone.check_frames(budget)
         self.backbone = backbone
         self.compressor = compressor or Compressor(None)
         self.selector = selector
-        self.frames = frames
+        self.budget = budget
         self.generation = generation or Generation()
         self.batch_size = batch_size
         self.decoder = Decoder(backbone, self.compressor)
         self._needs_question = False  # whether the compressor was found to decide from the question
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """One clip of zeros and a word through everything, so that loading kernels is no question's time."""
+        backbone = self.backbone
+        backbone.clip_macs(backbone.pixel_format.largest)
+        pixels = torch.zeros(backbone.clip_frames, 3, *backbone.pixel_format.largest, device=backbone.device)
+        tokens = backbone.encode(pixels.to(backbone.dtype))
+        prompt = backbone.prompt("?", ShownVideo(1.0, backbone.clip_frames))
+        self.decoder.generate(self.decoder.prefill(tokens, prompt.prefix_ids, prompt.suffix_ids), max_new_tokens=2)
 
     # --- which frames -----------------------------------------------------------------------------------------------
 
@@ -107,18 +121,18 @@ class Answerer:
 
     def _scores(self, info: VideoInfo) -> bool:
         """Whether the selector looks at the video before it chooses."""
-        chooses = self.frames is not None and self.frames < len(info.candidates) and self.selector is not None
+        chooses = self.budget is not None and self.budget < len(info.candidates) and self.selector is not None
         return chooses and self.selector.uses_video
 
     def _by_number(self, info: VideoInfo) -> tuple[int, ...]:
-        if self.frames is None or self.frames >= len(info.candidates) or self.selector is None:
+        if self.budget is None or self.budget >= len(info.candidates) or self.selector is None:
             return info.candidates
         chosen = self._select(torch.zeros(len(info.candidates)))
         return tuple(info.candidates[i] for i in chosen)
 
     def _select(self, scores: Tensor) -> list[int]:
-        chosen = self.selector.select(scores, self.frames)
-        check_chosen(name_of("selector", self.selector), chosen, len(scores), self.frames)
+        chosen = self.selector.select(scores, self.budget)
+        check_chosen(name_of("selector", self.selector), chosen, len(scores), self.budget)
         return chosen
 
     def choose(self, video: VideoInFlight, queries: Sequence[Query]) -> list[Choice]:

@@ -45,7 +45,13 @@ class Sampling:
     max_frames: int = 512
     multiple: int = 8
     style: str = "videochat_flash"  # or xcomp: how videos with too few frames are filled
-    reader: str = "auto"  # auto, decord, av
+    reader: str = "auto"  # auto, decord, av, torchcodec
+
+    def candidates(self, num_frames: int, fps: float) -> list[int]:
+        """The candidate frames of a video (:func:`xcomp.sampling.sample_indices`)."""
+        from xcomp.sampling import sample_indices
+
+        return sample_indices(num_frames, fps, **{k: v for k, v in vars(self).items() if k != "reader"})
 
 
 @dataclass
@@ -441,13 +447,12 @@ def _generation_rules(g: Generation) -> list[tuple[bool, str]]:
 
 
 def _check_sampling(sampling: Sampling, where: str) -> None:
-    from xcomp.video import READERS, sample_indices  # imports torch: not before all else holds
+    from xcomp.readers import READERS
 
     if sampling.reader not in READERS:
         raise ConfigError(f"config '{where}': sampling.reader is '{sampling.reader}'; readers: {', '.join(READERS)}")
-    rule = {key: value for key, value in dataclasses.asdict(sampling).items() if key != "reader"}
     try:
-        sample_indices(1000, 25.0, **rule)
+        sampling.candidates(1000, 25.0)
     except ValueError as error:
         raise ConfigError(f"config '{where}', sampling: {error}") from error
 

@@ -87,8 +87,10 @@ def check_plan(plan: list[tuple[int, ...]], num_layers: int, tokens_per_frame: i
         if list(slots) != sorted(set(slots)):
             raise ValueError(f"{who}.plan must name each slot once and ascending; layer {layer} has {list(slots)}")
         if slots[0] < 0 or slots[-1] >= tokens_per_frame:
-            raise ValueError(f"{who}.plan names slot {slots[0] if slots[0] < 0 else slots[-1]} at layer {layer}; "
-                             f"a frame has slots 0..{tokens_per_frame - 1}")
+            raise ValueError(
+                f"{who}.plan names slot {slots[0] if slots[0] < 0 else slots[-1]} at layer {layer}; "
+                f"a frame has slots 0..{tokens_per_frame - 1}"
+            )
         if not before.issuperset(slots):
             raise ValueError(f"{who}.plan brings back slots dropped earlier, at layer {layer}")
         before = set(slots)

@@ -254,8 +254,10 @@ class Decoder:
         prefixes = [_ids(i) for i in (prefix_ids if batched else [prefix_ids])]
         suffixes = [_ids(i) for i in (suffix_ids if batched else [suffix_ids])]
         if not len(videos) == len(prefixes) == len(suffixes):
-            raise ValueError(f"a batch needs as many videos ({len(videos)}) as prefixes ({len(prefixes)}) "
-                             f"and suffixes ({len(suffixes)})")
+            raise ValueError(
+                f"a batch needs as many videos ({len(videos)}) as prefixes ({len(prefixes)}) "
+                f"and suffixes ({len(suffixes)})"
+            )
         widths = {v.shape[1] for v in videos}
         if len(widths) != 1:
             raise ValueError(f"all videos of a batch need the same number of tokens a frame, not {sorted(widths)}")
@@ -284,15 +286,19 @@ class Decoder:
                 groups, width = video.shape[:2]
                 merged = self.backbone.merged_frames
                 fits = max(0, (limit - count + groups * width) // width) * merged
-                raise QuestionError(f"{groups * merged} frames make a sequence of {count} tokens, but the language "
-                                    f"model takes {limit}; at most {fits} frames fit")
+                raise QuestionError(
+                    f"{groups * merged} frames make a sequence of {count} tokens, but the language "
+                    f"model takes {limit}; at most {fits} frames fit"
+                )
 
     def _check_text(self, state: State, ids: list[Tensor]) -> None:
         limit = self.backbone.text_config.max_position_embeddings
         for before, after, new in zip(state.prefilled[0].counts.tolist(), state.text.counts.tolist(), map(len, ids)):
             if before + after + new > limit:
-                raise QuestionError(f"a text of {new} tokens behind {before + after} others makes a sequence of "
-                                    f"{before + after + new}, but the language model takes {limit}; show fewer frames")
+                raise QuestionError(
+                    f"a text of {new} tokens behind {before + after} others makes a sequence of "
+                    f"{before + after + new}, but the language model takes {limit}; show fewer frames"
+                )
 
     def _run(
         self,

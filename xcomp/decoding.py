@@ -13,9 +13,10 @@ import os
 import signal
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, TimeoutError
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,6 @@ from pebble import ProcessExpired, ProcessPool
 
 from xcomp.config import Decoding, Sampling
 from xcomp.pixels import PixelFormat
-from xcomp.sampling import sample_indices
 from xcomp.video import Video, VideoError
 
 GIGABYTE = 1024**3
@@ -54,14 +54,15 @@ class Pixels:
 
 # --- in the worker ----------------------------------------------------------------------------------------------------
 
-_opened: Video | None = None  # the file that the last piece of work was about: the next one often is, too
+# The files that the last pieces of work were about: the video that is asked and the one that comes next.
+_opened: OrderedDict[str, Video] = OrderedDict()
 
 
-def inspect(path: str, reader: str, threads: int, rule: dict[str, Any]) -> tuple[VideoInfo, float]:
+def inspect(path: str, threads: int, sampling: Sampling) -> tuple[VideoInfo, float]:
     """A video's properties and candidate frames, and the seconds that it took to open it."""
     started = time.perf_counter()
-    video = _video(path, reader, threads)
-    candidates = sample_indices(video.num_frames, video.fps, **rule)
+    video = _video(path, sampling.reader, threads)
+    candidates = sampling.candidates(video.num_frames, video.fps)
     times = tuple(round(time, 3) for time in video.times(candidates))
     names = ("path", "num_frames", "fps", "duration", "reader", "reader_version")
     info = VideoInfo(*(getattr(video, name) for name in names), tuple(candidates), times)
@@ -81,13 +82,13 @@ def decode(path: str, reader: str, threads: int, frames: Sequence[int], formats:
 
 
 def _video(path: str, reader: str, threads: int) -> Video:
-    global _opened
-    if _opened is None or _opened.path != path or _opened.changed():
-        if _opened is not None:
-            _opened.close()
-            _opened = None
-        _opened = Video(path, reader, threads=threads)
-    return _opened
+    key = f"{reader}, {threads}, {path}"
+    if key not in _opened:
+        while len(_opened) >= 2:
+            _opened.popitem(last=False)[1].close()
+        _opened[key] = Video(path, reader, threads=threads)
+    _opened.move_to_end(key)
+    return _opened[key]
 
 
 def _start_worker(threads: int, memory: float) -> None:
@@ -170,8 +171,7 @@ class DecodingPool:
 
     def inspect(self, path: str) -> Pending:
         """Open a video: its result is (:class:`VideoInfo`, seconds)."""
-        rule = {key: value for key, value in asdict(self.sampling).items() if key != "reader"}
-        return self._hand_out(inspect, path, self.sampling.reader, self.threads, rule)
+        return self._hand_out(inspect, path, self.threads, self.sampling)
 
     def decode(self, path: str, frames: Sequence[int], formats: Sequence[PixelFormat]) -> Pending:
         """Decode frames, ascending and each once: its result is :class:`Pixels`."""

@@ -67,7 +67,7 @@ class VideoQA(L.LightningModule):
         self.sampling = sampling or Sampling()
         check_sampling(self.sampling, backbone)
         self.answerer = Answerer(
-            backbone, compressor, selector, frames=frames, generation=generation, batch_size=batch_size
+            backbone, compressor, selector, budget=frames, generation=generation, batch_size=batch_size
         )
         self.backbone = backbone
         self.compressor = self.answerer.compressor.to(backbone.device)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from xcomp.compare import plots
-from xcomp.compare.plots import Arm
+from xcomp.compare.plots import Legend
 from xcomp.compare.report import analyse, markdown_table, read_run, table, write_report
 
 ARMS = [("uniform", "none"), ("uniform", "lp_comp"), ("qc_comp", "lp_comp")]
@@ -347,4 +347,4 @@ def test_selection_plot_of_a_long_video_with_gaps_in_its_scores():
     ],
 )
 def test_parts_with_options_have_their_own_label(part, label):
-    assert Arm.from_dict({"name": "a", "compressor": part}).compressor == label
+    assert Legend.from_dict({"name": "a", "compressor": part}).compressor == label

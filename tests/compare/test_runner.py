@@ -8,8 +8,8 @@ import xcomp
 from xcomp.cli import main
 from xcomp.compare import runner
 from xcomp.compare.arms import resolve_arms
-from xcomp.compare.report import read_run
 from xcomp.compare.records import read_records
+from xcomp.compare.report import read_run
 from xcomp.compare.runner import compare, evaluate
 from xcomp.compare.statistics import summarise
 from xcomp.config import ConfigError, build_component, parse_config

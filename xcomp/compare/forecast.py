@@ -30,7 +30,6 @@ from xcomp.contract import check_questions, name_of
 from xcomp.cost import LLMShape, appended_layers, paper_layers, pass_cost, planned_layers
 from xcomp.decoding import DecodingPool, VideoInfo
 from xcomp.registry import configure
-from xcomp.sampling import sample_indices
 from xcomp.schedule import keep_slots, token_counts
 from xcomp.selector import FrameQuery
 from xcomp.video import VideoError
@@ -78,9 +77,9 @@ def skeleton(node: Any, plugins: Sequence[str]) -> Backbone:
 def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -> QuestionCost:
     """The cost of a question about a video of which only the length is known."""
     backbone, found = answerer.backbone, QuestionCost(arm)
-    chooses = answerer.frames is not None and answerer.selector is not None
+    chooses = answerer.budget is not None and answerer.selector is not None
     num_candidates = len(info.candidates)
-    num_frames = min(answerer.frames, num_candidates) if chooses else num_candidates
+    num_frames = min(answerer.budget, num_candidates) if chooses else num_candidates
     found.num_frames = num_frames
     shown = ShownVideo(info.duration, num_frames, info.times[:num_frames])
     prompt = backbone.prompt(query.text, shown)
@@ -96,13 +95,14 @@ def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -
     stored = [layer.keys for layer in layers]
     found.tokens_per_layer = [keys - prefix for keys in stored]
     question = appended_layers(stored, suffix)
-    prefill, asked = pass_cost(shape, layers, kv_value_bytes=size), pass_cost(
-        shape, question, head_positions=1, kv_value_bytes=size
+    prefill, asked = (
+        pass_cost(shape, layers, kv_value_bytes=size),
+        pass_cost(shape, question, head_positions=1, kv_value_bytes=size),
     )
     found.kv_bytes = prefill.kv_bytes + asked.kv_bytes
     found.weight_bytes = sum(parameter.numel() for parameter in backbone.parameters()) * size
     encoded, found.macs = num_frames, {"vision": None, "select": 0, "prefill": prefill.macs, "answer": asked.macs}
-    if chooses and answerer.frames < num_candidates and answerer.selector.uses_video:
+    if chooses and answerer.budget < num_candidates and answerer.selector.uses_video:
         every = ShownVideo(info.duration, num_candidates, info.times)
         frame_query = FrameQuery(query.question, backbone.prompt(query.text, every))
         cost = answerer.selector.cost(backbone, num_candidates, frame_query, answerer.compressor)
@@ -121,8 +121,7 @@ def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -
 
 def nominal_video(config: RunConfig, seconds: float, fps: float = 30.0) -> VideoInfo:
     """A video of so many seconds that is nowhere, as the sampling rule takes it."""
-    rule = {key: value for key, value in vars(config.sampling).items() if key != "reader"}
-    candidates = tuple(sample_indices(max(1, round(seconds * fps)), fps, **rule))
+    candidates = tuple(config.sampling.candidates(max(1, round(seconds * fps)), fps))
     times = tuple(frame / fps for frame in candidates)
     return VideoInfo("", round(seconds * fps), fps, seconds, "none", "none", candidates, times)
 
@@ -141,7 +140,7 @@ class _Arms:
                     self._build(kind, getattr(arm, kind), partial(build_component, kind), config.plugins)
                     for kind in ("compressor", "selector")
                 ]
-                self.answerers[arm.name] = Answerer(backbone, *parts, frames=arm.frames, generation=config.generation)
+                self.answerers[arm.name] = Answerer(backbone, *parts, budget=arm.frames, generation=config.generation)
             except ValueError as error:
                 self.problems[arm.name] = " ".join(str(error).split())
 

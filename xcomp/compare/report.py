@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xcomp.compare import plots
-from xcomp.compare.plots import Arm
+from xcomp.compare.plots import Legend
 from xcomp.compare.records import read_records
 from xcomp.compare.statistics import ArmSummary, PairedDifference, Proportion, Record, holm, paired, summarise
 from xcomp.run import SCHEMA
@@ -54,7 +54,7 @@ class Results:
 
     run: Mapping[str, Any]
     records: list[Record]
-    arms: dict[str, Arm]
+    arms: dict[str, Legend]
     summaries: list[ArmSummary]
     paired: list[PairedDifference]
     holm: list[float]
@@ -197,7 +197,7 @@ def read_run(run_dir: Path) -> tuple[dict[str, Any], list[Record]]:
 
 def analyse(run: Mapping[str, Any], records: Iterable[Record]) -> Results:
     """Summaries of all arms, in the run's order, and each arm's difference from the first."""
-    arms = {arm.name: arm for arm in map(Arm.from_dict, run.get("arms") or [])}
+    arms = {arm.name: arm for arm in map(Legend.from_dict, run.get("arms") or [])}
     order = {name: position for position, name in enumerate(arms)}
     records = sorted(records, key=lambda record: order.get(record["arm"], len(order)))
     summaries = summarise(records)

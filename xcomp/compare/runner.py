@@ -160,7 +160,7 @@ class Comparison:
                     parts[key] = build_component(kind, node, config.plugins)
                 own.append(parts[key])
             answerers[arm.name] = Answerer(
-                backbone, *own, frames=arm.frames, generation=config.generation, batch_size=config.batch_size
+                backbone, *own, budget=arm.frames, generation=config.generation, batch_size=config.batch_size
             )
         return Panel(backbone, answerers, self.benchmark).eval()
 
@@ -204,6 +204,10 @@ class Panel(L.LightningModule):
         self.parts = nn.ModuleList(dict.fromkeys(parts))  # so that Lightning moves them with the backbone
         self.writes_to: Path | None = None
 
+    def on_predict_start(self) -> None:
+        for answerer in {id(a.compressor): a for a in self.answerers.values()}.values():
+            answerer.warm_up()
+
     def expected(self, task: VideoTask):
         """What to decode of a video ahead of its questions: all that some arm will need."""
 
@@ -239,9 +243,7 @@ class Panel(L.LightningModule):
             return [error] * len(asked)
 
     def _records(self, video: VideoInFlight, done: dict[str, list], peaks: dict[str, dict[str, int]]) -> list[Record]:
-        works = {
-            (arm, q.id): out.work for arm, pairs in done.items() for q, out in pairs if isinstance(out, Answer)
-        }
+        works = {(arm, q.id): out.work for arm, pairs in done.items() for q, out in pairs if isinstance(out, Answer)}
         costs, info = shares(works), video.known
         waiting = video.ledger.seconds_waiting / max(1, len(works))
         lines = []

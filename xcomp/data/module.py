@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from xcomp.backbone import Backbone, ShownVideo
 from xcomp.config import RunConfig, Sampling
 from xcomp.data.records import Conversation, TokenisedConversation, load_conversations, tokenise
-from xcomp.sampling import candidate_indices, uniform_indices
+from xcomp.sampling import uniform_indices
 from xcomp.video import Video
 
 
@@ -61,7 +61,7 @@ class ConversationDataset(Dataset):
 
     def _indices(self, video: Video, item: int, frames: tuple[int, ...]) -> list[int]:
         if not frames:
-            return candidate_indices(video, self.sampling)
+            return self.sampling.candidates(video.num_frames, video.fps)
         generator = torch.Generator().manual_seed(hash((self.seed, item)) & 0x7FFFFFFF)
         count = frames[int(torch.randint(len(frames), (1,), generator=generator))]
         return uniform_indices(video.num_frames, count)
@@ -130,9 +130,7 @@ class ConversationData(L.LightningDataModule):
         conversations = load_conversations(sources, c.plugins, where)
         for count in sorted({*c.tune.frames, *(n for conversation in conversations for n in conversation.frames)}):
             self.backbone.check_frames(count)
-        return ConversationDataset(
-            conversations, self.backbone, frames=c.tune.frames, sampling=c.sampling, seed=c.seed
-        )
+        return ConversationDataset(conversations, self.backbone, frames=c.tune.frames, sampling=c.sampling, seed=c.seed)
 
     def _loader(self, kind: type[DataLoader], dataset: ConversationDataset, **options: Any) -> DataLoader:
         workers = self.config.tune.num_workers
