@@ -5,13 +5,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test install clean
+.PHONY: demo test test-gpu install clean
 
 demo: $(INSTALLED)
 	$(BIN)/xcomp compare configs/demo.yaml
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Contracts, parity and all pairs of plugins on CUDA; the reference vectors of parity are looked for in XCOMP_GOLDEN.
+test-gpu: $(INSTALLED)
+	@found=$$($(BIN)/python -c "import torch; print(torch.cuda.is_available())") || exit 1; \
+	if [ $$found = False ]; then echo "skipped: no CUDA device here"; exit 0; fi; \
+	for dtype in float32 bfloat16; do \
+	  $(BIN)/python -m pytest -m device --device cuda --dtype $$dtype || exit 1; \
+	done
 
 install: $(INSTALLED)
 

@@ -101,7 +101,7 @@ class CLIPSimilarity(FrameSelector):
     def _frame_macs(self) -> int:
         """MACs of embedding one frame."""
         if self._macs is None:
-            pixels = torch.zeros(1, 3, *self.pixel_format.largest, device=self.clip.device)
+            pixels = torch.zeros(1, 3, *self.pixel_format.largest, device=self.clip.device, dtype=self.clip.dtype)
             self._macs = count_macs(lambda: self._embed_frames(pixels))[1]
         return self._macs
 

@@ -64,8 +64,9 @@ class FrameTotals:
     """Sums of clip scores over the frames that they cover, layer by layer."""
 
     def __init__(self, num_layers: int, num_frames: int):
-        self.sums = torch.zeros(num_layers, num_frames)
-        self.counts = torch.zeros(num_layers, num_frames)
+        # float32 is said wherever scores are kept: torch's default type may be a shorter one.
+        self.sums = torch.zeros(num_layers, num_frames, dtype=torch.float32)
+        self.counts = torch.zeros(num_layers, num_frames, dtype=torch.float32)
 
     def add(self, frames: list[int], scores: Tensor, clip_frames: int) -> None:
         """``scores`` (layers, clips) of a chunk; NaN is no score."""
@@ -212,7 +213,7 @@ class QCComp(FrameSelector):
         skipped = self._skipped(backbone, prompt)
         clip_groups = self._clip_groups(backbone)
         num_clips = math.ceil(len(chunk.tokens) / clip_groups)
-        scores = torch.full((backbone.num_layers, num_clips), math.nan)
+        scores = torch.full((backbone.num_layers, num_clips), math.nan, dtype=torch.float32)
         spans = Spans(len(prompt.prefix_ids), 0, len(prompt.question_ids), len(prompt.header_ids), skipped)
         clip_of, macs = torch.empty(0), 0
 
@@ -266,7 +267,7 @@ class QCComp(FrameSelector):
         if self.config.variant == "global":
             attention = global_attention(backbone, seen, spans, causal=self.config.causal)
             return clip_means(attention, edges)
-        total, covered = torch.zeros(num_clips), torch.zeros(num_clips)
+        total, covered = torch.zeros(2, num_clips, dtype=torch.float32)
         for first, last in window_clips(num_clips, self.config.window_clips, self.config.window_stride):
             start, stop = int(edges[first]), int(edges[last])
             attention = window_attention(backbone, seen, spans, start, stop, causal=self.config.causal)

@@ -29,11 +29,12 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def device(pytestconfig):
     """The name of the device to test on: ``cpu`` or ``cuda``."""
-    if pytestconfig.getoption("device") != "pretended":
-        yield pytestconfig.getoption("device")
+    if pytestconfig.getoption("device") == "pretended":
+        with pretend_cuda():
+            yield "cuda"
         return
-    with pretend_cuda():
-        yield "cuda"
+    torch.backends.cudnn.allow_tf32 = False  # or convolutions in float32 have three digits, and tests nothing to hold
+    yield pytestconfig.getoption("device")
 
 
 @pytest.fixture(scope="session")

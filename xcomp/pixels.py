@@ -64,7 +64,8 @@ class PixelFormat:
 
     def normalise(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """(T, 3, h, w) uint8 → the same normalised, of ``dtype``; computed in float32."""
-        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
+        exact = {"device": pixels.device, "dtype": torch.float32}  # torch's default type may be a shorter one
+        mean, std = (torch.tensor(values, **exact).view(3, 1, 1) for values in (self.mean, self.std))
         return ((pixels.float() / 255 - mean) / std).to(dtype)
 
     def __call__(self, frames: Tensor, dtype: torch.dtype = torch.float32, *, batch_size: int = 32) -> Tensor:

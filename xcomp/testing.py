@@ -136,6 +136,11 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
+def _pixels(backbone: Backbone, frames: Tensor) -> Tensor:
+    """Frames as a run hands them to ``encode``: preprocessed, on the backbone's device."""
+    return backbone.preprocess(frames).to(backbone.device)
+
+
 def _check_passes(
     watch: Watch, backbone: Backbone, rule: Compressor, videos: list[Tensor], prompts: list[Prompt]
 ) -> None:
@@ -190,6 +195,7 @@ def _check_vision(watch: Watch, backbone: Backbone) -> tuple[Tensor, Tensor]:
     frames = _frames(2 * clip)
     pixels = watch.call("preprocess", frames)
     watch.require_close(backbone.preprocess(frames[-1:]), pixels[-1:], "preprocess() must take each frame on its own")
+    pixels = pixels.to(backbone.device)
     tokens, expected = watch.call("encode", pixels), (2 * groups, backbone.tokens_per_frame, width)
     check_encoded(watch.who, tokens, expected)
     right = tokens.dtype == backbone.dtype and bool(tokens.isfinite().all())
@@ -214,7 +220,8 @@ def _check_prompts(watch: Watch, backbone: Backbone) -> list[Prompt]:
 
 
 def _check_language_model(watch: Watch, backbone: Backbone, tokens: Tensor, prompt: Prompt) -> None:
-    embedded = [backbone.embed(prompt.prefix_ids), tokens.flatten(0, 1), backbone.embed(prompt.suffix_ids)]
+    prefix, suffix = (backbone.embed(ids.to(backbone.device)) for ids in (prompt.prefix_ids, prompt.suffix_ids))
+    embedded = [prefix, tokens.flatten(0, 1), suffix]
     layout = TokenLayout.sequence([(len(prompt.prefix_ids), *tokens.shape[:2], len(prompt.suffix_ids))])
     hidden = backbone.language_model(
         inputs_embeds=torch.cat(embedded)[None],
@@ -247,10 +254,11 @@ def _check_saving(watch: Watch, backbone: Backbone, pixels: Tensor, tokens: Tens
     names = [f.name for f in dataclasses.fields(config_class)] if dataclasses.is_dataclass(config_class) else []
     if "checkpoint" not in names:
         return
-    dtype = {"dtype": str(backbone.dtype).removeprefix("torch.")} if "dtype" in names else {}
+    given = {"dtype": str(backbone.dtype).removeprefix("torch."), "device": str(backbone.device)}
+    given = {name: value for name, value in given.items() if name in names}
     with TemporaryDirectory() as folder, watch.guard("save_pretrained()"):
         backbone.save_pretrained(str(Path(folder) / "model"))
-        options = {"checkpoint": str(Path(folder) / "model")} | dtype
+        options = {"checkpoint": str(Path(folder) / "model")} | given
         again = type(backbone)(make_config(config_class, options, watch.who)).eval()
         clause = "what save_pretrained() writes must load with checkpoint=<folder> alone and be the same model"
         watch.require(same(again.state_dict(), backbone.state_dict()), clause)
@@ -279,7 +287,7 @@ def check_compressor(plugin: Any, *, backbone: Backbone | None = None, **options
     watch, backbone = Watch("compressor", plugin, options), backbone or tiny_backbone()
     watch.plugin.eval()
     with torch.no_grad():
-        videos = [backbone.encode(backbone.preprocess(_frames(n * backbone.clip_frames))) for n in (1, 6)]
+        videos = [backbone.encode(_pixels(backbone, _frames(n * backbone.clip_frames))) for n in (1, 6)]
         for video in videos:
             width = _check_before_llm(watch, video)
             planned = watch.call("plan", backbone.num_layers, width)
@@ -372,7 +380,7 @@ def _check_scores(watch: Watch, backbone: Backbone, num_frames: int) -> Tensor:
     queries = [FrameQuery(text, backbone.prompt(text, shown)) for text in (QUESTION, "Where is the blue arch?")]
     prompt = queries[0].prompt
     if type(watch.plugin).score is FrameSelector.score:
-        pixels = backbone.preprocess(_frames(num_frames))
+        pixels = _pixels(backbone, _frames(num_frames))
         parts = (prompt.prefix_ids, prompt.question_ids, prompt.header_ids)
         scores = watch.call("score_frames", backbone, pixels, *parts, compressor=Compressor(None), question=QUESTION)
         check_scores(watch.who, scores, num_frames)

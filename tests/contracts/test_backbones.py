@@ -10,21 +10,29 @@ from conftest import FAMILIES
 from contracts.plugin_options import backbone_options, names_of
 
 from xcomp.backbone import Backbone, Prompt
+from xcomp.checkpoint import DTYPES
 from xcomp.registry import load_class
 from xcomp.testing import ContractError, check_backbone, tiny_backbone
 from xcomp.tiny import TinyBackbone
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("name", names_of("backbone"))
-def test_contract(name, tiny_tokenizer):
-    check_backbone(load_class("backbone", name), **backbone_options(name, tiny_tokenizer))
+def test_contract(name, tiny_tokenizer, device, dtype):
+    options = backbone_options(name, tiny_tokenizer)
+    check_backbone(load_class("backbone", name), **options, device=device, dtype=dtype)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tiny_backbone_keeps_it_too(family, device, dtype):
+    check_backbone(tiny_backbone(family=family, layers=1).to(device, DTYPES[dtype]))  # one that is there
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_tiny_backbone_keeps_it_too(family):
+def test_a_class_and_a_function_are_checked_too(family):
     check_backbone(TinyBackbone, family=family, layers=2)
-    check_backbone(tiny_backbone, family=family, layers=1, tokens_per_frame=1)  # a function that makes one
-    check_backbone(tiny_backbone(family=family, layers=1))  # one that is there
+    check_backbone(tiny_backbone, family=family, layers=1, tokens_per_frame=1)
 
 
 # --- broken in one way each -------------------------------------------------------------------------------------------

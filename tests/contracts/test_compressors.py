@@ -9,21 +9,28 @@ import torch
 from contracts.plugin_options import names_of, selector_options
 
 import xcomp
+from xcomp.checkpoint import DTYPES
 from xcomp.config import Generation, Sampling
 from xcomp.registry import load_class
 from xcomp.testing import ContractError, check_compressor, tiny_backbone
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("name", names_of("compressor"))
-def test_contract(name):
-    check_compressor(load_class("compressor", name))
+def test_contract(name, device, dtype):
+    check_compressor(load_class("compressor", name), backbone=tiny_backbone().to(device, DTYPES[dtype]))
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("name", names_of("compressor"))
-def test_contract_with_another_language_model(name, family):
-    backbone = tiny_backbone(family=family, tokens_per_frame=16, layers=6)
+def test_contract_with_another_language_model(name, family, device, dtype):
+    backbone = tiny_backbone(family=family, tokens_per_frame=16, layers=6).to(device, DTYPES[dtype])
     check_compressor(load_class("compressor", name), backbone=backbone)
+
+
+def test_without_a_backbone_a_tiny_one_serves():
+    check_compressor(load_class("compressor", "lp_comp"))
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +39,11 @@ def selectors(tmp_path_factory):
     return {name: xcomp.load_selector(name, **selector_options(name, folder)) for name in names_of("selector")}
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("selector", names_of("selector"))
 @pytest.mark.parametrize("compressor", names_of("compressor"))
-def test_every_pair_answers_a_question(compressor, selector, selectors, needle_videos):
-    backbone, rule = tiny_backbone(), xcomp.load_compressor(compressor)
+def test_every_pair_answers_a_question(compressor, selector, selectors, needle_videos, device, dtype):
+    backbone, rule = tiny_backbone().to(device, DTYPES[dtype]), xcomp.load_compressor(compressor)
     question = xcomp.load_benchmark("needle", **needle_videos).questions()[0]
     sampling, generation = Sampling(rate=4, min_frames=8, max_frames=16), Generation(max_new_tokens=3)
     qa = xcomp.VideoQA(backbone, rule, selectors[selector], frames=6, sampling=sampling, generation=generation)
@@ -46,7 +54,8 @@ def test_every_pair_answers_a_question(compressor, selector, selectors, needle_v
     assert (answer.scores is not None) == selectors[selector].uses_video
     # the same by hand, from the frames that it says it saw
     with torch.no_grad(), xcomp.video.Video(question.video) as video:
-        tokens = backbone.encode(backbone.preprocess(video.frames(answer.frames)))
+        pixels = backbone.preprocess(video.frames(answer.frames))
+        tokens = backbone.encode(pixels.to(backbone.device, backbone.dtype))
         text = xcomp.benchmark.multiple_choice_prompt(question.question, question.options)
         prompt = backbone.prompt(text, xcomp.backbone.ShownVideo(answer.duration, 6))
         decoder = xcomp.Decoder(backbone, rule)

@@ -9,18 +9,22 @@ import torch
 from contracts.plugin_options import names_of, selector_options
 
 import xcomp
+from xcomp.checkpoint import DTYPES
 from xcomp.registry import load_class
 from xcomp.testing import ContractError, check_selector, tiny_backbone
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("name", names_of("selector"))
-def test_contract(name, tmp_path):
-    check_selector(load_class("selector", name), **selector_options(name, tmp_path))
+def test_contract(name, tmp_path, device, dtype):
+    backbone = tiny_backbone().to(device, DTYPES[dtype])
+    check_selector(load_class("selector", name), backbone=backbone, **selector_options(name, tmp_path))
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("name", names_of("selector"))
-def test_contract_with_another_language_model(name, tmp_path):
-    backbone = tiny_backbone(family="llama", tokens_per_frame=3, layers=2)
+def test_contract_with_another_language_model(name, tmp_path, device, dtype):
+    backbone = tiny_backbone(family="llama", tokens_per_frame=3, layers=2).to(device, DTYPES[dtype])
     check_selector(load_class("selector", name), backbone=backbone, **selector_options(name, tmp_path))
 
 
