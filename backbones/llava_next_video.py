@@ -49,6 +49,7 @@ from xcomp.checkpoint import (
     require_tokenizer,
     save_model,
     transformers_config,
+    within,
 )
 from xcomp.config import find_checkpoint
 from xcomp.pixels import preprocess_frames
@@ -142,6 +143,12 @@ def model_config(content: dict[str, Any], where: str) -> PreTrainedConfig:
             f"{where}: vision tower '{vision.model_type}' with vision_feature_select_strategy "
             f"'{config.vision_feature_select_strategy}' gives no square of patches; known: {known}"
         )
+    depth, layers = vision.num_hidden_layers, config.vision_feature_layer
+    for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
+        if layer == 0 or not -depth <= layer <= depth:
+            raise ValueError(f"{where}: vision_feature_layer {layer} is none of the tower's 1..{depth}, -{depth}..-1")
+    if vision.image_size is None or vision.patch_size is None:
+        raise ValueError(f"{where}: the vision tower needs an image_size and a patch_size")
     if tokens_per_frame(config) < 1:
         raise ValueError(
             f"{where}: {vision.image_size} pixels in patches of {vision.patch_size} leave a frame no token"
@@ -188,16 +195,19 @@ class LlavaNextVideo(Backbone):
         folder = None if config.checkpoint is None else local_folder("checkpoint", find_checkpoint(config.checkpoint))
         content = config.architecture if folder is None else read_config(folder, " or ".join(MODELS))
         where = "architecture" if folder is None else f"'{folder / 'config.json'}'"
-        found = model_config(dict(content), where)
+        with within(where):
+            found = model_config(dict(content), where)
         self._folder = folder
         self._numbers = processor_numbers(folder, default_numbers(found.vision_config.image_size))
-        self.rules = pixel_rules(self._numbers, found.vision_config.image_size)
+        with within(where if folder is None else f"'{folder}'"):
+            self.rules = pixel_rules(self._numbers, found.vision_config.image_size)
         self.pixel_mean, self.pixel_std = self.rules.mean, self.rules.std
         self.tokens_per_frame = tokens_per_frame(found)
         self.model = build_model(MODELS[found.model_type], folder, found, config)
         self.tokenizer = load_tokenizer(folder, config.tokenizer, self.text_config)
         if self.tokenizer is not None:
-            self._set_up_words()
+            with within(f"tokenizer '{config.tokenizer or folder}'"):
+                self._set_up_words()
 
     @property
     def language_model(self) -> nn.Module:

@@ -40,6 +40,7 @@ from xcomp.checkpoint import (
     DTYPES,
     FLOATS,
     check_options,
+    check_rotary,
     check_save_dtype,
     check_sizes,
     check_text_config,
@@ -345,9 +346,7 @@ def vision_sizes(architecture: dict[str, Any]) -> VisionSizes:
     layer = architecture.get("mm_vision_select_layer", -2)
     num_blocks = sizes["num_hidden_layers"] + layer + 1 if type(layer) is int else 0
     if num_blocks < 1 or layer >= 0:
-        raise ValueError(
-            f"mm_vision_select_layer {layer} must count from the end, -1 to -{sizes['num_hidden_layers']}"
-        )
+        raise ValueError(f"mm_vision_select_layer {layer} must count from the end, -1 to -{sizes['num_hidden_layers']}")
     for divisor, whole in (("num_attention_heads", "hidden_size"), ("patch_size", "image_size")):
         if sizes[whole] % sizes[divisor]:
             raise ValueError(f"vision {whole} {sizes[whole]} is no multiple of {divisor} {sizes[divisor]}")
@@ -446,6 +445,7 @@ class VideoChatFlash(Backbone):
             self._load_weights(folder)
         with within(where):
             self._keep_rotary()
+            check_rotary(self.language_model)
         self.to(device=config.device, dtype=DTYPES[config.dtype])
         self._folder = folder
         self.tokenizer = load_tokenizer(folder, config.tokenizer, self.text_config)
@@ -510,6 +510,19 @@ class VideoChatFlash(Backbone):
             setattr(self.get_submodule(module), leaf, nn.Parameter(tensor))
         refuse_values(folder, broken, dtype)
         self._tie()
+        self._check_tied(folder, stored)
+
+    def _check_tied(self, folder: Path, stored: dict) -> None:
+        """ValueError where config.json ties the head to the embedding, but another head is stored."""
+        if not self.text_config.tie_word_embeddings or "lm_head.weight" not in stored:
+            return
+        with safe_open(stored["lm_head.weight"][0], framework="pt") as file:
+            head = file.get_tensor("lm_head.weight").to(self.lm_head.weight)
+        if not torch.equal(head, self.lm_head.weight):
+            raise ValueError(
+                f"'{folder / 'config.json'}' says tie_word_embeddings, but lm_head.weight is stored and is not "
+                "model.embed_tokens.weight; set it to false, or take the tensor out"
+            )
 
     def _check_tensors(self, folder: Path, wanted: dict[str, str], stored: dict) -> None:
         shapes = {name: list(self.get_parameter(own).shape) for name, own in wanted.items()}

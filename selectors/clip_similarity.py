@@ -61,8 +61,11 @@ class CLIPSimilarity(FrameSelector):
         self.resample, self.mean, self.std = pixel_numbers(numbers)
         self.size = found.vision_config.image_size
         self.max_length = found.text_config.max_position_embeddings
-        if self.tokenizer.eos_token_id not in self.tokenizer("a").input_ids:
+        closing, expected = self.tokenizer.eos_token_id, found.text_config.eos_token_id
+        if closing not in self.tokenizer("a").input_ids:
             raise ValueError(f"the tokenizer in '{folder}' must close a text with its end token")
+        if expected not in (2, closing):  # 2, as in OpenAI's: the text is read off where its largest id stands
+            raise ValueError(f"{where}: eos_token_id is {expected}, but the tokenizer closes a text with {closing}")
 
     @torch.no_grad()
     def score_frames(

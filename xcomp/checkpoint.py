@@ -36,7 +36,7 @@ SIZES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size", "mm_hidden_size", "projection_dim",
                      "head_dim", "image_size", "patch_size", "spatial_merge_size", "temporal_patch_size",
                      "spatial_pool_stride", "window_size", "num_channels", "in_channels", "in_chans",
-                     "mm_local_num_frames"), 1_000_000),
+                     "tokens_per_second", "mm_local_num_frames"), 1_000_000),
     **dict.fromkeys(("vocab_size", "max_position_embeddings"), 100_000_000),
 }  # fmt: skip
 SMALL = ("rms_norm_eps", "layer_norm_eps")  # added to what a root is taken of
@@ -257,14 +257,16 @@ def read_config(folder: Path, needed: str) -> dict[str, Any]:
 
 
 def check_sizes(content: Any, where: str) -> None:
-    """ValueError unless the counts, sizes and small numbers in a config.json's content are such; None is a default."""
+    """ValueError unless the counts, sizes and small numbers in a config.json's content are such; a size may be null."""
     for key, value in content.items() if isinstance(content, Mapping) else enumerate(content):
         whole = isinstance(value, int) and not isinstance(value, bool)
         if key in SIZES and value is not None and not (whole and 1 <= value <= SIZES[key]):
             raise ValueError(f"{where}: {key} is {_shortened(value)}; it must be a whole number, 1 to {SIZES[key]:,}")
         number = whole or isinstance(value, float)
-        if key in SMALL and value is not None and not (number and 0 < value < 1):
+        if key in SMALL and not (number and 0 < value < 1):
             raise ValueError(f"{where}: {key} is {_shortened(value)}; it must be a number above 0 and below 1")
+        if key == "rope_theta" and not (number and value > 0):
+            raise ValueError(f"{where}: {key} is {_shortened(value)}; it must be a number above 0")
         if isinstance(value, (dict, list)):
             check_sizes(value, where)
 
@@ -314,8 +316,20 @@ def build_model(model_class: Any, folder: Path | None, found: PreTrainedConfig, 
     settings = {"dtype": dtype, "attn_implementation": attention}
     if folder is None:
         with within("architecture"):
-            return AutoModelForImageTextToText.from_config(found, **settings).to(options.device)
-    return read_model(model_class, folder, found, **settings).to(options.device)
+            model = AutoModelForImageTextToText.from_config(found, **settings).to(options.device)
+            check_rotary(model)
+            return model
+    model = read_model(model_class, folder, found, **settings).to(options.device)
+    with within(f"'{folder / 'config.json'}'"):
+        check_rotary(model)
+    return model
+
+
+def check_rotary(model: nn.Module) -> None:
+    """ValueError unless a model's rotary frequencies, which follow from its configuration alone, are finite."""
+    for name, frequencies in model.named_buffers():
+        if name.endswith("inv_freq") and not is_finite(frequencies):
+            raise ValueError(f"rope_theta and the other rope_parameters give frequencies ({name}) that are not finite")
 
 
 def read_model(model_class: Any, folder: Path, found: PreTrainedConfig, **settings: Any) -> nn.Module:
