@@ -39,6 +39,7 @@ from transformers import (
 from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.checkpoint import (
     build_model,
+    check_ids,
     check_options,
     end_ids,
     load_tokenizer,
@@ -114,8 +115,11 @@ def pixel_rules(numbers: dict[str, Any], image_size: int) -> PixelRules:
     if not numbers.get("do_resize", True) or (crop is None and shortest_edge):
         raise ValueError("the processor's numbers keep a picture's own shape; they must resize or crop to one size")
     given = crop or (size if isinstance(size, tuple) else (size, size))
-    if given != (image_size, image_size):
+    if given != (image_size, image_size) or any(type(side) is not int for side in given):
         raise ValueError(f"the processor makes pictures of {given}, but the vision tower takes {image_size} squared")
+    sides = size if isinstance(size, tuple) else (size,)
+    if not all(type(side) is int and image_size <= side <= 100_000 for side in sides):
+        raise ValueError(f"the processor's size is {size!r}; its sides must be whole numbers from {image_size}")
     resample, mean, std = pixel_numbers(numbers)
     return PixelRules(size, shortest_edge, crop, resample, mean, std)
 
@@ -278,6 +282,12 @@ class LlavaNextVideo(Backbone):
         check_token(self.tokenizer, self.config.tokenizer or self._folder, VIDEO, placeholder, "video_token_index")
         self.format = chat_format(self.tokenizer, VIDEO, FORMATS[self.text_config.model_type])
         self._chat = Chat(self.tokenizer, self.format, VIDEO)
+        prompt = self._chat.prompt("?")
+        check_ids(
+            [*prompt.prefix_ids.tolist(), *prompt.suffix_ids.tolist()],
+            self.text_config.vocab_size,
+            self.config.tokenizer or self._folder,
+        )
         self.message_tokens = self._chat.message_tokens + (self.newline is not None)
 
     @property

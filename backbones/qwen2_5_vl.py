@@ -37,6 +37,7 @@ from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.checkpoint import (
     build_model,
+    check_ids,
     check_options,
     end_ids,
     load_tokenizer,
@@ -255,6 +256,12 @@ class Qwen25VL(Backbone):
         around = OPENING, CLOSING
         self.format = check_format(chat_format(self.tokenizer, VIDEO, chatml(*around), around=around))
         self._chat = Chat(self.tokenizer, self.format, VIDEO)
+        prompt = self._chat.prompt("?")
+        check_ids(
+            [*prompt.prefix_ids.tolist(), *prompt.suffix_ids.tolist()],
+            self.text_config.vocab_size,
+            self.config.tokenizer or self._folder,
+        )
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

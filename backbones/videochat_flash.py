@@ -39,6 +39,7 @@ from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.checkpoint import (
     DTYPES,
     FLOATS,
+    check_ids,
     check_options,
     check_rotary,
     check_save_dtype,
@@ -63,6 +64,7 @@ from xcomp.pixels import preprocess_frames
 
 SHARD_BYTES = 5_000_000_000
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+START, STOP = "<|im_start|>", ("<|im_end|>", "<|endoftext|>")
 HEADER = "<|im_end|>\n<|im_start|>assistant\n"
 TIME = "The video lasts for {duration:.2f} seconds, and {num_frames} frames are uniformly sampled from it."
 
@@ -449,6 +451,15 @@ class VideoChatFlash(Backbone):
         self.to(device=config.device, dtype=DTYPES[config.dtype])
         self._folder = folder
         self.tokenizer = load_tokenizer(folder, config.tokenizer, self.text_config)
+        if self.tokenizer is not None:
+            self._check_words(config.tokenizer or folder)
+
+    def _check_words(self, place: Any) -> None:
+        """ValueError unless the tokenizer in ``place`` has the tokens that prompts are made of."""
+        known = self.tokenizer.get_vocab()
+        if lacking := [token for token in (START, *STOP) if token not in known]:
+            raise ValueError(f"tokenizer '{place}' has no {', '.join(lacking)}; give the tokenizer of this checkpoint")
+        check_ids([known[token] for token in (START, *STOP)], self.text_config.vocab_size, place)
 
     def _build(self, attention: str) -> None:
         """Modules from ``architecture`` and options, on the ambient device."""
@@ -624,7 +635,7 @@ class VideoChatFlash(Backbone):
     def stop_ids(self) -> tuple[int, ...]:
         """Ids of ``<|im_end|>`` and ``<|endoftext|>``; without a tokenizer, what config.json says ends an answer."""
         if self.tokenizer is not None:
-            return tuple(self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+            return tuple(self.tokenizer.convert_tokens_to_ids(list(STOP)))
         ids = self.architecture.get("eos_token_id")
         return () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
 

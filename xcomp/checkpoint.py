@@ -115,7 +115,9 @@ def within(place: Any) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # tokenizers', from Rust
+            raise
         text = one_line(error)
         raise ValueError(text if str(place) in text else f"{place}: {text}") from error
 
@@ -322,6 +324,8 @@ def build_model(model_class: Any, folder: Path | None, found: PreTrainedConfig, 
     model = read_model(model_class, folder, found, **settings).to(options.device)
     with within(f"'{folder / 'config.json'}'"):
         check_rotary(model)
+    with within(f"'{folder}'"):
+        _ends(model)
     return model
 
 
@@ -343,6 +347,8 @@ def read_model(model_class: Any, folder: Path, found: PreTrainedConfig, **settin
                 if dtype not in FLOATS and not name.endswith("position_ids")}  # fmt: skip
     refuse_tensors(folder, [f"{name} is {dtype}, should be floating-point" for name, dtype in integers.items()])
     _check_extent(model_class, folder, found, stored)
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")
     with _quiet(), within(f"'{folder}'"):
         model, info = model_class.from_pretrained(
             folder,
@@ -414,10 +420,18 @@ def _finish_config(path: Path, dtype: str, more: dict[str, Any]) -> None:
 
 def end_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
     """Ids that end an answer: the tokenizer's end token, then what the generation configuration adds."""
-    more = model.generation_config.eos_token_id
-    more = [] if more is None else more if isinstance(more, list) else [more]
+    more = _ends(model)
     own = [] if tokenizer is None else [tokenizer.eos_token_id]
     return tuple(dict.fromkeys(i for i in [*own, *more] if i is not None))
+
+
+def _ends(model: nn.Module) -> list[int]:
+    """The ids that end an answer by a model's generation configuration, which says one, several or none."""
+    found = model.generation_config.eos_token_id
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ValueError(f"generation_config.json: eos_token_id is {_shortened(found)}; it must be one id or several")
+    return ids
 
 
 @contextmanager
@@ -491,16 +505,28 @@ def load_tokenizer(folder: Path | None, given: str | None, config: PreTrainedCon
     """
     place = folder if given is None else local_folder("tokenizer", given)
     if place is not None and any((place / name).is_file() for name in TOKENIZER_FILES):
+        if (place / "tokenizer_config.json").is_file():
+            read_json(place / "tokenizer_config.json")  # which says better what is wrong with it
         with within(f"tokenizer '{place}' cannot be read"):
             # Given a config, it does not read config.json, whose model type transformers would warn of.
             tokenizer = AutoTokenizer.from_pretrained(place, config=config, trust_remote_code=False)
-            last, known = max(tokenizer.get_vocab().values(), default=-1), config.get_text_config().vocab_size
-        if last >= known:
-            raise ValueError(f"tokenizer '{place}' has ids up to {last}, the language model knows those below {known}")
+            tokenizer.decode(tokenizer("What is it?").input_ids)
+            # Not those added on top: a padding token need have no embedding, and what prompts hold is checked of them.
+            ids = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+        check_ids(ids, config.get_text_config().vocab_size, place)
         return tokenizer
     if given is not None:
         raise ValueError(f"tokenizer '{place}' holds none of {', '.join(TOKENIZER_FILES)}")
     return None
+
+
+def check_ids(ids: Iterable[int], vocab_size: int, place: Any) -> None:
+    """ValueError unless a language model of ``vocab_size`` tokens knows the ids of the tokenizer in ``place``."""
+    if (last := max(ids, default=0)) >= vocab_size:
+        raise ValueError(
+            f"tokenizer '{place}' uses the id {last}, but the language model knows {vocab_size} tokens; "
+            "give the tokenizer of this checkpoint"
+        )
 
 
 def require_tokenizer(tokenizer: Any) -> None:
