@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel
 
 from xcomp.checkpoint import (
+    check_ids,
     load_tokenizer,
     local_folder,
     pixel_numbers,
@@ -62,7 +63,9 @@ class CLIPSimilarity(FrameSelector):
         self.size = found.vision_config.image_size
         self.max_length = found.text_config.max_position_embeddings
         closing, expected = self.tokenizer.eos_token_id, found.text_config.eos_token_id
-        if closing not in self.tokenizer("a").input_ids:
+        ids = self.tokenizer("a").input_ids
+        check_ids(ids, found.text_config.vocab_size, folder)
+        if closing not in ids:
             raise ValueError(f"the tokenizer in '{folder}' must close a text with its end token")
         if expected not in (2, closing):  # 2, as in OpenAI's: the text is read off where its largest id stands
             raise ValueError(f"{where}: eos_token_id is {expected}, but the tokenizer closes a text with {closing}")

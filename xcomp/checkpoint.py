@@ -513,6 +513,8 @@ def load_tokenizer(folder: Path | None, given: str | None, config: PreTrainedCon
             tokenizer.decode(tokenizer("What is it?").input_ids)
             # Not those added on top: a padding token need have no embedding, and what prompts hold is checked of them.
             ids = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+        if not ids:  # transformers makes an empty one where tokenizer.json lacks
+            raise ValueError(f"tokenizer '{place}' holds no vocabulary; copy its tokenizer.json there too")
         check_ids(ids, config.get_text_config().vocab_size, place)
         return tokenizer
     if given is not None:

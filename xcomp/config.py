@@ -392,6 +392,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
             len(os.fsencode(config.name)) <= MAX_NAME,
             f"name is {_short(config.name)}; file systems take at most {MAX_NAME} bytes",
         ),
+        (bool(config.tune.train), f"tune.train is empty; name at least one of {', '.join(TRAINABLE)}"),
         *(
             (part in TRAINABLE, f"tune.train names '{part}';{nearest(part, TRAINABLE)} parts: {', '.join(TRAINABLE)}")
             for part in config.tune.train
