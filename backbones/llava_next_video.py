@@ -42,8 +42,8 @@ from xcomp.checkpoint import (
     check_ids,
     check_options,
     end_ids,
+    find_folder,
     load_tokenizer,
-    local_folder,
     pixel_numbers,
     processor_numbers,
     read_config,
@@ -52,8 +52,7 @@ from xcomp.checkpoint import (
     transformers_config,
     within,
 )
-from xcomp.config import find_checkpoint
-from xcomp.pixels import preprocess_frames
+from xcomp.pixels import PixelFormat
 from xcomp.prompts import Chat, Format, chat_format, chatml, check_token
 
 MODELS = {
@@ -83,24 +82,12 @@ FORMATS = {
 # --- pixels: the numbers of a processor -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PixelRules:
-    """What :func:`xcomp.pixels.preprocess_frames` is told; ``mean`` and ``std`` are for values in 0..1."""
-
-    size: int | tuple[int, int]
-    shortest_edge: bool
-    crop: tuple[int, int] | None
-    resample: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
 def default_numbers(image_size: int) -> dict[str, Any]:
     """CLIP's way: the shortest edge to the tower's size, then the middle."""
     return {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
 
 
-def pixel_rules(numbers: dict[str, Any], image_size: int) -> PixelRules:
+def pixel_format(numbers: dict[str, Any], image_size: int) -> PixelFormat:
     """A processor's numbers checked: they must give pictures of the tower's ``image_size``."""
     numbers = {name: value for name, value in numbers.items() if value is not None}
     size, shortest_edge = numbers.get("size"), False
@@ -121,7 +108,7 @@ def pixel_rules(numbers: dict[str, Any], image_size: int) -> PixelRules:
     if not all(type(side) is int and image_size <= side <= 100_000 for side in sides):
         raise ValueError(f"the processor's size is {size!r}; its sides must be whole numbers from {image_size}")
     resample, mean, std = pixel_numbers(numbers)
-    return PixelRules(size, shortest_edge, crop, resample, mean, std)
+    return PixelFormat(size, mean, std, shortest_edge, crop, resample)
 
 
 def _height_width(name: str, value: Any) -> tuple[int, int]:
@@ -196,7 +183,7 @@ class LlavaNextVideo(Backbone):
         super().__init__()
         self.config = config
         check_options(config, frame_batch=config.frame_batch)
-        folder = None if config.checkpoint is None else local_folder("checkpoint", find_checkpoint(config.checkpoint))
+        folder = find_folder(config.checkpoint, weights=config.device != "meta")
         content = config.architecture if folder is None else read_config(folder, " or ".join(MODELS))
         where = "architecture" if folder is None else f"'{folder / 'config.json'}'"
         with within(where):
@@ -204,8 +191,7 @@ class LlavaNextVideo(Backbone):
         self._folder = folder
         self._numbers = processor_numbers(folder, default_numbers(found.vision_config.image_size))
         with within(where if folder is None else f"'{folder}'"):
-            self.rules = pixel_rules(self._numbers, found.vision_config.image_size)
-        self.pixel_mean, self.pixel_std = self.rules.mean, self.rules.std
+            self.pixel_format = pixel_format(self._numbers, found.vision_config.image_size)
         self.tokens_per_frame = tokens_per_frame(found)
         self.model = build_model(MODELS[found.model_type], folder, found, config)
         self.tokenizer = load_tokenizer(folder, config.tokenizer, self.text_config)
@@ -231,20 +217,6 @@ class LlavaNextVideo(Backbone):
         save_model(self.model, folder, dtype, numbers=self._numbers, tokenizer=self.tokenizer, source=self._folder)
 
     # --- frames to visual tokens --------------------------------------------------------------------------------------
-
-    def preprocess(self, frames: Tensor) -> Tensor:
-        """(T, H, W, 3) uint8 → (T, 3, h, w) normalised pixels of the model's type, by the checkpoint's own numbers."""
-        rules = self.rules
-        return preprocess_frames(
-            frames,
-            rules.size,
-            rules.mean,
-            rules.std,
-            shortest_edge=rules.shortest_edge,
-            crop=rules.crop,
-            resample=rules.resample,
-            dtype=self.dtype,
-        )
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(T, 3, h, w) → visual tokens (T, N, D), each frame on its own."""

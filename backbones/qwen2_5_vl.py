@@ -40,8 +40,8 @@ from xcomp.checkpoint import (
     check_ids,
     check_options,
     end_ids,
+    find_folder,
     load_tokenizer,
-    local_folder,
     pixel_numbers,
     processor_numbers,
     read_config,
@@ -50,9 +50,8 @@ from xcomp.checkpoint import (
     transformers_config,
     within,
 )
-from xcomp.config import find_checkpoint
 from xcomp.layout import TokenLayout
-from xcomp.pixels import preprocess_frames
+from xcomp.pixels import PixelFormat
 from xcomp.prompts import Chat, Format, chat_format, chatml, check_token
 
 OPENING, VIDEO, CLOSING = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
@@ -123,7 +122,7 @@ def model_config(content: dict[str, Any], where: str) -> PreTrainedConfig:
     return config
 
 
-def shown(options: Any, saved: Any, factor: int, where: str = "") -> dict[str, Any]:
+def frame_options(options: Any, saved: Any, factor: int, where: str = "") -> dict[str, Any]:
     """Frame size and seconds between groups: as asked for, else as the checkpoint was saved, else the defaults.
 
     ``where`` is the place of what was ``saved``, for errors.
@@ -178,7 +177,7 @@ class Qwen25VL(Backbone):
         super().__init__()
         self.config = config
         check_options(config, clip_batch=config.clip_batch)
-        folder = None if config.checkpoint is None else local_folder("checkpoint", find_checkpoint(config.checkpoint))
+        folder = find_folder(config.checkpoint, weights=config.device != "meta")
         content = config.architecture if folder is None else read_config(folder, "Qwen2.5-VL")
         where = "architecture" if folder is None else f"'{folder / 'config.json'}'"
         with within(where):
@@ -186,14 +185,15 @@ class Qwen25VL(Backbone):
         vision = found.vision_config
         self.merged_frames = self.clip_frames = vision.temporal_patch_size
         factor = vision.patch_size * vision.spatial_merge_size
-        self.shown = shown(config, content.get(OWN) or {}, factor, where)
-        self.size = self.shown["height"], self.shown["width"]
+        self.frame_options = frame_options(config, content.get(OWN) or {}, factor, where)
+        self.size = self.frame_options["height"], self.frame_options["width"]
         self.grid = self.size[0] // factor, self.size[1] // factor
         self.tokens_per_frame = self.grid[0] * self.grid[1]
-        self.interval = vision.tokens_per_second * self.shown["second_per_grid"]
+        self.interval = vision.tokens_per_second * self.frame_options["second_per_grid"]
         self._folder = folder
         self._numbers = processor_numbers(folder, {"patch_size": vision.patch_size})
-        self.resample, self.pixel_mean, self.pixel_std = pixel_numbers(self._numbers)
+        resample, mean, std = pixel_numbers(self._numbers)
+        self.pixel_format = PixelFormat(self.size, mean, std, resample=resample)
         self.model = build_model(Qwen2_5_VLForConditionalGeneration, folder, found, config)
         self.tokenizer = load_tokenizer(folder, config.tokenizer, self.text_config)
         if self.tokenizer is not None:
@@ -211,15 +211,9 @@ class Qwen25VL(Backbone):
     def save_pretrained(self, folder: str, dtype: str | None = None) -> None:
         """Write a checkpoint in ``transformers``' format, in ``dtype`` (default: the model's own)."""
         words = {"tokenizer": self.tokenizer, "source": self._folder}
-        save_model(self.model, folder, dtype, numbers=self._numbers, more={OWN: self.shown}, **words)
+        save_model(self.model, folder, dtype, numbers=self._numbers, more={OWN: self.frame_options}, **words)
 
     # --- frames to visual tokens --------------------------------------------------------------------------------------
-
-    def preprocess(self, frames: Tensor) -> Tensor:
-        """(T, H, W, 3) uint8 → (T, 3, h, w) normalised pixels of the model's type; the aspect is not kept."""
-        return preprocess_frames(
-            frames, self.size, self.pixel_mean, self.pixel_std, resample=self.resample, dtype=self.dtype
-        )
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(T, 3, h, w) → visual tokens (T / 2, N, D), each pair of frames on its own."""

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2Model
 
-from xcomp.backbone import Backbone, Prompt, ShownVideo
+from xcomp.backbone import Backbone, Prompt, ShownVideo, no_autocast
 from xcomp.checkpoint import (
     DTYPES,
     FLOATS,
@@ -45,9 +45,9 @@ from xcomp.checkpoint import (
     check_save_dtype,
     check_sizes,
     check_text_config,
+    find_folder,
     is_finite,
     load_tokenizer,
-    local_folder,
     read_json,
     refuse_tensors,
     refuse_values,
@@ -59,8 +59,7 @@ from xcomp.checkpoint import (
     within,
     write_json,
 )
-from xcomp.config import find_checkpoint
-from xcomp.pixels import preprocess_frames
+from xcomp.pixels import PixelFormat
 
 SHARD_BYTES = 5_000_000_000
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -152,7 +151,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 def exact_float32(device_type: str) -> Iterator[None]:
     """No autocast and no TF32 inside: a rounded score would change which tokens merge."""
     modules = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    with torch.autocast(device_type, enabled=False):
+    with no_autocast(device_type):
         if not all(hasattr(module, "fp32_precision") for module in modules):  # before torch 2.9
             modules, before = [], torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("highest")
@@ -410,8 +409,6 @@ def read_architecture(folder: Path) -> dict[str, Any]:
 class VideoChatFlash(Backbone):
     """VideoChat-Flash with a UMT-L or InternVideo2-1B tower and a Qwen2 language model."""
 
-    pixel_mean = (0.485, 0.456, 0.406)
-    pixel_std = (0.229, 0.224, 0.225)
     message_tokens = 27  # the time message; counted so by the released frame selection whatever its digits
 
     @dataclass
@@ -436,14 +433,15 @@ class VideoChatFlash(Backbone):
         super().__init__()
         self.config = config
         check_options(config, clip_batch=config.clip_batch, clip_frames=config.clip_frames)
-        folder = None if config.checkpoint is None else local_folder("checkpoint", find_checkpoint(config.checkpoint))
+        shapes = config.device == "meta"  # no weights are read or made
+        folder = find_folder(config.checkpoint, weights=not shapes)
         self.architecture = copy.deepcopy(config.architecture) if folder is None else read_architecture(folder)
         where = "architecture" if folder is None else f"'{folder / 'config.json'}'"
         check_sizes(self.architecture, where)
         attention = resolve_attention(config.attn_implementation, config.device, DTYPES[config.dtype])
-        with torch.device("cpu" if folder is None else "meta"), within(where):
+        with torch.device("cpu" if folder is None and not shapes else "meta"), within(where):
             self._build(attention)
-        if folder is not None:
+        if folder is not None and not shapes:
             self._load_weights(folder)
         with within(where):
             self._keep_rotary()
@@ -464,6 +462,7 @@ class VideoChatFlash(Backbone):
     def _build(self, attention: str) -> None:
         """Modules from ``architecture`` and options, on the ambient device."""
         self.vision_sizes = sizes = vision_sizes(self.architecture)
+        self.pixel_format = PixelFormat(sizes.image_size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         self.tokens_per_frame = tokens_per_frame(self.architecture, sizes)
         self.clip_frames = self._clip_frames()
         text = text_config(self.architecture, attention)
@@ -585,12 +584,6 @@ class VideoChatFlash(Backbone):
             write_json(folder / "model.safetensors.index.json", index)
 
     # --- frames to visual tokens --------------------------------------------------------------------------------------
-
-    def preprocess(self, frames: Tensor) -> Tensor:
-        """(T, H, W, 3) uint8 → (T, 3, h, w) normalised pixels of the model's type; the aspect is not kept."""
-        return preprocess_frames(
-            frames, self.vision_sizes.image_size, self.pixel_mean, self.pixel_std, dtype=self.dtype
-        )
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(T, 3, h, w) → visual tokens (T, N, D); T is a multiple of ``clip_frames``.

@@ -67,11 +67,11 @@ class AttentionDrop(Compressor):
             return None
         stage = stages.index(output.layer + 1)
         visual = output.layout.visual
-        scores = None if stage < self.config.uniform_stages else output.attention_of_asking().cpu()
+        scores = None if stage < self.config.uniform_stages else output.attention_of_query().cpu()
         keep = torch.zeros_like(visual)
-        for row, entered in enumerate(output.entered):
+        for row, num_visual in enumerate(output.num_visual):
             places = visual[row].nonzero()[:, 0]
-            count = min(max(1, int(entered * self.config.ratios[stage])), len(places))
+            count = min(max(1, int(num_visual * self.config.ratios[stage])), len(places))
             chosen = evenly(len(places), count) if scores is None else largest(scores[row, places], count)
             keep[row, places[chosen]] = True
         return keep

@@ -1,12 +1,13 @@
 """CLIP similarity: a frame's score is the cosine between its CLIP image embedding and the question's text embedding.
 
 The usual question-aware selector of long-video papers. ``checkpoint`` is any CLIP of ``transformers`` whose weights are
-safetensors (folder, hub id, or a shipped one by name). Frames come as the backbone preprocessed them and are taken back
-to colours first, so the picture that CLIP sees has been resized once more than needed.
+safetensors (folder, hub id, or a shipped one by name). Frames are resized for CLIP from the video's own size; the
+aspect is not kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,19 +16,22 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPModel
 
+from xcomp.backbone import Backbone
 from xcomp.checkpoint import (
     check_ids,
+    find_folder,
     load_tokenizer,
-    local_folder,
     pixel_numbers,
     processor_numbers,
     read_config,
     read_model,
     transformers_config,
 )
-from xcomp.config import find_checkpoint
-from xcomp.pixels import preprocess_frames
-from xcomp.selector import FrameSelector
+from xcomp.compressor import Compressor
+from xcomp.cost import count_macs
+from xcomp.inflight import VideoInFlight
+from xcomp.pixels import PixelFormat
+from xcomp.selector import FrameQuery, FrameSelector, SelectionCost
 
 
 class CLIPSimilarity(FrameSelector):
@@ -45,7 +49,7 @@ class CLIPSimilarity(FrameSelector):
     def __init__(self, config: Config):
         super().__init__(config)
         try:
-            self._load(local_folder("checkpoint", find_checkpoint(config.checkpoint)))
+            self._load(find_folder(config.checkpoint))
         except ValueError as error:
             raise ValueError(f"clip_similarity: {error}") from error
 
@@ -59,8 +63,9 @@ class CLIPSimilarity(FrameSelector):
             what = "preprocessor_config.json" if numbers is None else "tokenizer files"
             raise ValueError(f"'{folder}' holds no {what}; copy them from where the CLIP is from")
         self.clip = read_model(CLIPModel, folder, found, dtype=torch.float32).requires_grad_(False)
-        self.resample, self.mean, self.std = pixel_numbers(numbers)
-        self.size = found.vision_config.image_size
+        resample, mean, std = pixel_numbers(numbers)
+        self.pixel_format = PixelFormat(found.vision_config.image_size, mean, std, resample=resample)
+        self._macs: int | None = None
         self.max_length = found.text_config.max_position_embeddings
         closing, expected = self.tokenizer.eos_token_id, found.text_config.eos_token_id
         ids = self.tokenizer("a").input_ids
@@ -70,23 +75,45 @@ class CLIPSimilarity(FrameSelector):
         if expected not in (2, closing):  # 2, as in OpenAI's: the text is read off where its largest id stands
             raise ValueError(f"{where}: eos_token_id is {expected}, but the tokenizer closes a text with {closing}")
 
-    @torch.no_grad()
-    def score_frames(
-        self, backbone, pixels, prefix_ids, question_ids, header_ids, compressor=None, *, question=None
-    ) -> Tensor:
-        question = backbone.tokenizer.decode(question_ids).strip() if question is None else question
-        device = self.clip.device
-        text = self.tokenizer([question], truncation=True, max_length=self.max_length, return_tensors="pt").to(device)
-        wanted = normalize(self.clip.get_text_features(**text).pooler_output, dim=-1)
-        scores = []
-        for part in pixels.split(self.config.batch_size):
-            seen = self.clip.get_image_features(pixel_values=self._pixels(backbone, part).to(device)).pooler_output
-            scores.append((normalize(seen, dim=-1) @ wanted.T).squeeze(1).float().cpu())
-        return torch.cat(scores)
+    def pixel_formats(self, backbone: Backbone) -> tuple[PixelFormat, ...]:
+        return (self.pixel_format,)
 
-    def _pixels(self, backbone, pixels: Tensor) -> Tensor:
-        """The backbone's normalised pixels (T, 3, h, w) as CLIP's."""
-        values = (backbone.pixel_mean, backbone.pixel_std)
-        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in values)
-        colours = ((pixels.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        return preprocess_frames(colours.permute(0, 2, 3, 1), self.size, self.mean, self.std, resample=self.resample)
+    @torch.no_grad()
+    def score(
+        self, video: VideoInFlight, queries: Sequence[FrameQuery], compressor: Compressor | None = None
+    ) -> list[Tensor]:
+        """Frames are embedded once, for all questions."""
+        self.to(video.backbone.device)
+        options = self.pixel_format, self.config.batch_size, self._frame_macs()
+        seen = video.features(id(self), video.candidates, self._embed_frames, *options)
+        scores = []
+        for query in queries:
+            with video.ledger.charge(query.work):
+                wanted, macs = count_macs(lambda query=query: self._embed_question(query.question))
+                query.work.macs += macs
+                scores.append((seen @ wanted.T).squeeze(1).float().cpu())
+        return scores
+
+    def _embed_frames(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (t, 3, h, w) → unit vectors (t, E)."""
+        return normalize(self.clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+
+    def _embed_question(self, question: str) -> Tensor:
+        """(1, E), a unit vector; a question that is too long is cut."""
+        options = {"truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        text = self.tokenizer([question], **options).to(self.clip.device)
+        return normalize(self.clip.get_text_features(**text).pooler_output, dim=-1)
+
+    def _frame_macs(self) -> int:
+        """MACs of embedding one frame."""
+        if self._macs is None:
+            pixels = torch.zeros(1, 3, *self.pixel_format.largest, device=self.clip.device)
+            self._macs = count_macs(lambda: self._embed_frames(pixels))[1]
+        return self._macs
+
+    @torch.no_grad()
+    def cost(
+        self, backbone: Backbone, num_frames: int, query: FrameQuery, compressor: Compressor
+    ) -> SelectionCost | None:
+        question = count_macs(lambda: self._embed_question(query.question))[1]
+        return SelectionCost(0, num_frames * self._frame_macs(), question)

@@ -8,32 +8,75 @@ Source: "One Token per Highly Selective Frame" (arXiv 2604.14149), Section 3.2, 
 the default: the scoring attention has no causal mask (``causal: true`` is the paper's reading).
 
 Deviations. Only the rows of attention that are scored are computed, from the keys as the chunk's own pass caches them:
-attention depends on differences of positions, so a window's numbering is had by turning the queries. A partial last
+attention depends on differences of positions, so a window's numbering is had by rotating the queries. A partial last
 window is one more window that ends at the end; videos shorter than a chunk are scored too, as one circular chunk.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from xcomp.backbone import repeat_heads, rotate
-from xcomp.decoder import Decoder, Observation, QuestionNeeded
-from xcomp.selector import FrameSelector
+from xcomp.backbone import Backbone, Prompt, QuestionError, apply_rope, attention_scores
+from xcomp.compressor import Compressor
+from xcomp.cost import LLMShape, appended_layers, pass_cost, planned_layers
+from xcomp.decoder import Decoder, Observation, QuestionNeeded, State
+from xcomp.inflight import VideoInFlight
+from xcomp.ledger import Work
+from xcomp.selector import FrameQuery, FrameSelector, SelectionCost
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Key positions of a layer's cache: ``prefix`` tokens, then ``visual`` ones, then the rest; how many rows ask."""
+class Spans:
+    """Key positions of a layer's cache: ``prefix`` tokens, then ``visual`` ones, then ``question`` and ``header``.
+
+    The rows that are scored are the question's, without its first ``skipped``.
+    """
 
     prefix: int
     visual: int
-    question: int  # keys of the question, the first `skipped` of which are not counted as rows
+    question: int
     header: int
     skipped: int
+
+    @property
+    def rows(self) -> int:
+        return self.question - self.skipped
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive frames as the language model has them, with the caches of their pass if no question was needed.
+
+    ``frames`` are their places among the candidates, ``tokens`` (T / merged, N, D) their visual tokens.
+    """
+
+    frames: list[int]
+    tokens: Tensor
+    state: State | None
+
+
+class FrameTotals:
+    """Sums of clip scores over the frames that they cover, layer by layer."""
+
+    def __init__(self, num_layers: int, num_frames: int):
+        self.sums = torch.zeros(num_layers, num_frames)
+        self.counts = torch.zeros(num_layers, num_frames)
+
+    def add(self, frames: list[int], scores: Tensor, clip_frames: int) -> None:
+        """``scores`` (layers, clips) of a chunk; NaN is no score."""
+        index = torch.tensor(frames)
+        scores = scores.repeat_interleave(clip_frames, 1)[:, : len(frames)]
+        self.sums.index_add_(1, index, scores.nan_to_num(0.0))
+        self.counts.index_add_(1, index, (~scores.isnan()).float())
+
+    def frame_scores(self) -> Tensor:
+        """(T,): mean over the clips that cover a frame, summed over layers."""
+        return (self.sums / self.counts).sum(0)
 
 
 class QCComp(FrameSelector):
@@ -75,30 +118,64 @@ class QCComp(FrameSelector):
         first = min(first, num_layers - 1)
         return range(first, max(last, first + 1))
 
+    # --- scoring ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(
+        self, video: VideoInFlight, queries: Sequence[FrameQuery], compressor: Compressor | None = None
+    ) -> list[Tensor]:
+        """Each chunk is run once, and all questions look at it."""
+        backbone, candidates = video.backbone, video.candidates
+        layers = self.layers(backbone.num_layers)
+        decoder = self._decoder(backbone, compressor, layers)
+        totals = [FrameTotals(len(layers), len(candidates)) for _ in queries]
+
+        def tokens_of(places: list[int]) -> Tensor:
+            return video.tokens([candidates[i] for i in places])
+
+        for frames, tokens in self._chunks(backbone, len(candidates), tokens_of):
+            prefix_ids = queries[0].prompt.prefix_ids
+
+            def run(work: Work, tokens=tokens, prefix_ids=prefix_ids) -> State:
+                stored = decoder.prefill_video(tokens, prefix_ids)
+                work.macs += decoder.prefill_macs(stored, len(prefix_ids))
+                return stored
+
+            try:
+                state = video.state((id(self), id(compressor), frames[0]), "select", run)
+            except QuestionNeeded:
+                state = None
+            chunk = Chunk(frames, tokens, state)
+            for query, total in zip(queries, totals):
+                with video.ledger.charge(query.work):
+                    scores, macs = self._clip_scores(decoder, chunk, query.prompt, layers)
+                    query.work.macs += macs
+                    total.add(frames, scores[list(layers)], self.config.clip_frames)
+        return [total.frame_scores() for total in totals]
+
     @torch.no_grad()
     def score_frames(
         self, backbone, pixels, prefix_ids, question_ids, header_ids, compressor=None, *, question=None
     ) -> Tensor:
-        num_frames = len(pixels)
-        layers, merged = self.layers(backbone.num_layers), backbone.merged_frames
-        total = torch.zeros(len(layers), num_frames)
-        count = torch.zeros(len(layers), num_frames)
-        tokens: dict[int, Tensor] = {}
-        length, starts = chunk_starts(num_frames, self.config)
-        for start in starts:
-            alignment = start % backbone.clip_frames
-            if alignment not in tokens:  # clips are encoded once for each way the chunks cut them
-                tokens = {alignment: backbone.encode(pixels.roll(-alignment, 0))}
-            frames = (start + torch.arange(length)) % num_frames
-            groups = (frames[::merged] - alignment) % num_frames // merged
-            scores = self.clip_scores(
-                backbone, tokens[alignment][groups], prefix_ids, question_ids, header_ids, compressor, layers=layers
-            )
-            scores = scores[list(layers)].repeat_interleave(self.config.clip_frames, 1)[:, :length]
-            kept = ~scores.isnan()
-            total.index_add_(1, frames, scores.nan_to_num(0.0))
-            count.index_add_(1, frames, kept.float())
-        return (total / count).sum(0)
+        """Scores (T,) of frames (T, 3, h, w) for one question; the clips of an alignment are encoded once."""
+        prompt, layers = Prompt(prefix_ids, question_ids, header_ids), self.layers(backbone.num_layers)
+        decoder = self._decoder(backbone, compressor, layers)
+        encoded: dict[int, Tensor] = {}
+        clip, merged = backbone.clip_frames, backbone.merged_frames
+
+        def tokens_of(places: list[int]) -> Tensor:
+            alignment = places[0] % clip
+            if alignment not in encoded:
+                encoded.clear()
+                encoded[alignment] = backbone.encode(pixels.roll(-alignment, 0))
+            groups = (torch.tensor(places[::merged]) - alignment) % len(pixels) // merged
+            return encoded[alignment][groups]
+
+        total = FrameTotals(len(layers), len(pixels))
+        for frames, tokens in self._chunks(backbone, len(pixels), tokens_of):
+            scores, _ = self._clip_scores(decoder, Chunk(frames, tokens, None), prompt, layers)
+            total.add(frames, scores[list(layers)], self.config.clip_frames)
+        return total.frame_scores()
 
     @torch.no_grad()
     def clip_scores(
@@ -111,57 +188,128 @@ class QCComp(FrameSelector):
         NaN marks what has no score: clips that too few windows cover, and layers outside ``layers`` (default: all).
         """
         layers = range(backbone.num_layers) if layers is None else layers
+        decoder = self._decoder(backbone, compressor, layers)
+        prompt = Prompt(*map(torch.as_tensor, (prefix_ids, question_ids, header_ids)))
+        return self._clip_scores(decoder, Chunk([], tokens, None), prompt, layers)[0]
+
+    def _decoder(self, backbone: Backbone, compressor: Compressor | None, layers: range) -> Decoder:
+        return Decoder(backbone, compressor, stop_layer=layers[-1] + 1)
+
+    def _chunks(
+        self, backbone: Backbone, num_frames: int, tokens_of: Callable[[list[int]], Tensor]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """(places of its frames among the candidates, visual tokens) of each chunk. ``tokens_of`` gets whole clips."""
+        length, starts = chunk_starts(num_frames, self.config)
+        whole = math.ceil(length / backbone.clip_frames) * backbone.clip_frames
+        for start in starts:
+            frames = [(start + i) % num_frames for i in range(whole)]
+            yield frames[:length], tokens_of(frames)[: math.ceil(length / backbone.merged_frames)]
+
+    def _clip_scores(self, decoder: Decoder, chunk: Chunk, prompt: Prompt, layers: range) -> tuple[Tensor, int]:
+        """As ``clip_scores``, and the MACs of the question's part (of the chunk too, where it was not run before)."""
+        backbone = decoder.backbone
+        skipped = self._skipped(backbone, prompt)
+        clip_groups = self._clip_groups(backbone)
+        num_clips = math.ceil(len(chunk.tokens) / clip_groups)
+        scores = torch.full((backbone.num_layers, num_clips), math.nan)
+        spans = Spans(len(prompt.prefix_ids), 0, len(prompt.question_ids), len(prompt.header_ids), skipped)
+        clip_of, macs = torch.empty(0), 0
+
+        def observe(seen: Observation) -> None:
+            nonlocal clip_of, macs
+            frame = seen.layout.frame[0, seen.layout.visual[0]]
+            if seen.layer == 0:  # frames as the language model has them: merging in time makes them fewer
+                shown = int(frame.max()) + 1
+                clip_of = torch.arange(shown) * len(chunk.tokens) // shown // clip_groups
+            if seen.layer in layers:
+                edges = torch.searchsorted(clip_of[frame], torch.arange(num_clips + 1))  # first token of each clip
+                scores[seen.layer] = self._layer_scores(backbone, seen, replace(spans, visual=len(frame)), edges)
+                macs += self._scoring_macs(backbone, spans, edges.tolist())
+
+        observed = decoder.observed_by(observe)
+        state, suffix_ids = chunk.state, prompt.suffix_ids
+        try:
+            if state is None:
+                state = observed.prefill_video(chunk.tokens, prompt.prefix_ids)
+                macs += observed.prefill_macs(state, spans.prefix)
+        except QuestionNeeded:  # the compressor looks at the question
+            state = observed.prefill(chunk.tokens, prompt.prefix_ids, suffix_ids)
+            macs += observed.prefill_macs(state, spans.prefix, len(suffix_ids))
+        else:
+            macs += observed.append_macs(state, len(suffix_ids))
+            observed.extend(state.fork(), suffix_ids)
+        return scores, macs
+
+    def _skipped(self, backbone: Backbone, prompt: Prompt) -> int:
+        """Tokens behind the video that are not counted as question."""
         skipped = backbone.message_tokens if self.config.query_bias is None else self.config.query_bias
-        if skipped >= len(question_ids):
-            raise ValueError(
-                f"query_bias {skipped} leaves no token of a question of {len(question_ids)}; lower query_bias"
+        if skipped >= len(prompt.question_ids):
+            raise QuestionError(
+                f"query_bias {skipped} leaves no token of a question of {len(prompt.question_ids)}; lower query_bias"
             )
-        clip_groups = self.config.clip_frames // backbone.merged_frames
-        if clip_groups * backbone.merged_frames != self.config.clip_frames:
+        return skipped
+
+    def _clip_groups(self, backbone: Backbone) -> int:
+        """Groups of frames (as the language model counts them) in a clip that is scored."""
+        groups = self.config.clip_frames // backbone.merged_frames
+        if groups * backbone.merged_frames != self.config.clip_frames:
             raise ValueError(
                 f"clip_frames {self.config.clip_frames} is no multiple of the {backbone.merged_frames} frames that the "
                 "backbone merges"
             )
-        num_clips = math.ceil(len(tokens) / clip_groups)
-        scores = torch.full((backbone.num_layers, num_clips), math.nan)
-        clip_of = torch.empty(0)
+        return groups
 
-        def observe(seen: Observation) -> None:
-            nonlocal clip_of
-            frame = seen.layout.frame[0, seen.layout.visual[0]]
-            if seen.layer == 0:  # frames as the language model has them: merging in time makes them fewer
-                shown = int(frame.max()) + 1
-                clip_of = torch.arange(shown) * len(tokens) // shown // clip_groups
-            if seen.layer in layers:
-                scores[seen.layer] = self._layer_scores(backbone, seen, parts, clip_of[frame], num_clips)
-
-        decoder = Decoder(backbone, compressor, observer=observe, stop_layer=layers[-1] + 1)
-        parts = Parts(len(prefix_ids), 0, len(question_ids), len(header_ids), skipped)
-        suffix_ids = torch.cat([torch.as_tensor(question_ids), torch.as_tensor(header_ids)])
-        try:
-            video = decoder.prefill_video(tokens, prefix_ids)
-        except QuestionNeeded:  # the compressor looks at the question
-            decoder.prefill(tokens, prefix_ids, suffix_ids)
-        else:
-            decoder.extend(video, suffix_ids)
-        return scores
-
-    def _layer_scores(self, backbone, seen: Observation, parts: Parts, clip: Tensor, num_clips: int) -> Tensor:
-        """Scores (clips,) at one layer; ``clip`` says of each visual token in which clip it is."""
-        edges = torch.searchsorted(clip, torch.arange(num_clips + 1))  # first token of each clip
-        parts = Parts(parts.prefix, len(clip), parts.question, parts.header, parts.skipped)
+    def _layer_scores(self, backbone: Backbone, seen: Observation, spans: Spans, edges: Tensor) -> Tensor:
+        """Scores (clips,) at one layer; ``edges`` (clips + 1,) are the clips' first visual tokens."""
+        num_clips = len(edges) - 1
         if self.config.variant == "global":
-            attention = global_attention(backbone, seen, parts, causal=self.config.causal)
+            attention = global_attention(backbone, seen, spans, causal=self.config.causal)
             return clip_means(attention, edges)
-        windows = window_clips(num_clips, self.config.window_clips, self.config.window_stride)
         total, covered = torch.zeros(num_clips), torch.zeros(num_clips)
-        for first, last in windows:
+        for first, last in window_clips(num_clips, self.config.window_clips, self.config.window_stride):
             start, stop = int(edges[first]), int(edges[last])
-            attention = window_attention(backbone, seen, parts, start, stop, causal=self.config.causal)
+            attention = window_attention(backbone, seen, spans, start, stop, causal=self.config.causal)
             total[first:last] += clip_means(attention, edges[first : last + 1] - start)
             covered[first:last] += 1
         needed = min(self.config.window_clips // self.config.window_stride, int(covered.max()))
         return (total / covered).masked_fill(covered < needed, math.nan)
+
+    # --- cost -------------------------------------------------------------------------------------------------------
+
+    def _scoring_macs(self, backbone: Backbone, spans: Spans, edges: Sequence[int]) -> int:
+        """MACs of one layer's scores: the question's rows with the keys of every window."""
+        windows = window_clips(len(edges) - 1, self.config.window_clips, self.config.window_stride)
+        if self.config.variant == "global":
+            keys = spans.prefix + edges[-1] + spans.question + spans.header
+        else:
+            keys = sum(spans.prefix + edges[last] - edges[first] + spans.question for first, last in windows)
+        return spans.rows * keys * LLMShape.from_config(backbone.text_config).query_width
+
+    def cost(
+        self, backbone: Backbone, num_frames: int, query: FrameQuery, compressor: Compressor
+    ) -> SelectionCost | None:
+        """Of the chunks' passes, and of one question over them; None for a compressor that decides from the data."""
+        layers, clip_groups = self.layers(backbone.num_layers), self._clip_groups(backbone)
+        length, starts = chunk_starts(num_frames, self.config)
+        prompt, groups = query.prompt, math.ceil(length / backbone.merged_frames)
+        width = backbone.text_config.hidden_size
+        shown = compressor.before_llm(torch.empty(groups, backbone.tokens_per_frame, width, device="meta"))
+        plan = compressor.plan(backbone.num_layers, shown.shape[1])
+        if plan is None:
+            return None
+        plan, shape = plan[: layers[-1] + 1], LLMShape.from_config(backbone.text_config)
+        spans = Spans(len(prompt.prefix_ids), 0, len(prompt.question_ids), len(prompt.header_ids), 0)
+        spans = replace(spans, skipped=self._skipped(backbone, prompt))
+        chunk = pass_cost(shape, planned_layers(plan, len(shown), spans.prefix)).macs
+        sizes = [spans.prefix + len(shown) * len(slots) for slots in plan]
+        question = pass_cost(shape, appended_layers(sizes, len(prompt.suffix_ids), whole=True)).macs
+        num_clips = math.ceil(groups / clip_groups)
+        frame_clip = torch.arange(len(shown)) * groups // len(shown) // clip_groups
+        firsts = torch.searchsorted(frame_clip, torch.arange(num_clips + 1)).tolist()
+        for layer in layers:
+            question += self._scoring_macs(backbone, spans, [first * len(plan[layer]) for first in firsts])
+        alignments = len({start % backbone.clip_frames for start in starts})
+        return SelectionCost(alignments * num_frames, chunk * len(starts), question * len(starts))
 
 
 def chunk_starts(num_frames: int, config: QCComp.Config) -> tuple[int, list[int]]:
@@ -173,8 +321,8 @@ def chunk_starts(num_frames: int, config: QCComp.Config) -> tuple[int, list[int]
     discarded = config.window_clips - config.window_stride  # clips at either end of a chunk
     margin = 2 * discarded * config.clip_frames if config.variant == "segmented" else 0
     starts = []
-    for turn in range(config.n_repeat):
-        shift = turn * (config.clip_frames // config.n_repeat) + turn * (stride // config.n_repeat)
+    for round_number in range(config.n_repeat):
+        shift = round_number * (config.clip_frames // config.n_repeat + stride // config.n_repeat)
         starts += [(shift + i * stride) % num_frames for i in range(math.ceil(num_frames / stride))]
     return stride + margin, starts
 
@@ -190,20 +338,20 @@ def window_clips(num_clips: int, size: int, stride: int) -> list[tuple[int, int]
 
 
 def window_attention(
-    backbone, seen: Observation, parts: Parts, start: int, stop: int, *, causal: bool = False
+    backbone, seen: Observation, spans: Spans, start: int, stop: int, *, causal: bool = False
 ) -> Tensor:
     """Attention of the question's rows to the visual tokens ``start:stop`` of a window: (stop − start,).
 
     Softmax over ``[prefix | window | question]`` with positions of its own; mean over heads and rows. The cached keys
-    carry the positions of the whole pass, so the queries are turned by what differs for prefix, window and question.
+    carry the positions of the whole pass, so the queries are rotated by what differs for prefix, window and question.
     """
     keys, width = seen.keys, stop - start
-    queries = seen.queries[:, :, parts.skipped : parts.question]
-    first = parts.prefix + parts.visual  # the question's first key
-    spans = (0, parts.prefix), (parts.prefix + start, parts.prefix + stop), (first, first + parts.question)
+    queries = seen.queries[:, :, spans.skipped : spans.question]
+    first = spans.prefix + spans.visual  # the question's first key
+    pieces = (0, spans.prefix), (spans.prefix + start, spans.prefix + stop), (first, first + spans.question)
     whole = backbone.positions(seen.layout)
-    own = backbone.positions(seen.layout.window(spans))
-    rows = own[..., parts.prefix + width + parts.skipped : parts.prefix + width + parts.question]
+    own = backbone.positions(seen.layout.window(pieces))
+    rows = own[..., spans.prefix + width + spans.skipped : spans.prefix + width + spans.question]
 
     def logits(begin: int, end: int, place: int) -> Tensor:
         """To the keys from ``begin``, the first of which stands at ``place`` in the window."""
@@ -212,17 +360,16 @@ def window_attention(
         # One shift for all, but where times are rounded: there it may differ by one from frame to frame.
         for shift, same in equal_columns(shifts):
             cos, sin = backbone.rotary((rows + shift).to(keys.device))
-            part = repeat_heads(keys[:, :, begin:end][:, :, same], queries.shape[1]).float()
-            found[..., same] = rotate(queries, cos, sin).float() @ part.transpose(-1, -2)
+            found[..., same] = attention_scores(apply_rope(queries, cos, sin), keys[:, :, begin:end][:, :, same])
         return found
 
-    places = (0, parts.prefix, parts.prefix + width)
-    prefix, window, question = (logits(*span, place) for span, place in zip(spans, places))
+    places = (0, spans.prefix, spans.prefix + width)
+    prefix, window, question = (logits(*span, place) for span, place in zip(pieces, places))
     if causal:
-        later = torch.arange(parts.question) > torch.arange(parts.skipped, parts.question).unsqueeze(1)
+        later = torch.arange(spans.question) > torch.arange(spans.skipped, spans.question).unsqueeze(1)
         question = question.masked_fill(later.to(question.device), -math.inf)
     every = torch.cat([prefix, window, question], -1)
-    return _mean_probability(every, queries.shape[-1], slice(parts.prefix, parts.prefix + width))
+    return _mean_probability(every, queries.shape[-1], slice(spans.prefix, spans.prefix + width))
 
 
 def equal_columns(x: Tensor) -> list[tuple[Tensor, slice | Tensor]]:
@@ -233,18 +380,18 @@ def equal_columns(x: Tensor) -> list[tuple[Tensor, slice | Tensor]]:
     return [(values[..., i : i + 1], (which == i).nonzero()[:, 0]) for i in range(values.shape[-1])]
 
 
-def global_attention(backbone, seen: Observation, parts: Parts, *, causal: bool = False) -> Tensor:
+def global_attention(backbone, seen: Observation, spans: Spans, *, causal: bool = False) -> Tensor:
     """Attention of the question's rows to all visual tokens, softmax over the whole sequence, header included."""
-    rows = torch.arange(parts.skipped, parts.question)
-    first = parts.prefix + parts.visual
-    own = backbone.positions(seen.layout)[..., first + parts.skipped : first + parts.question]
+    rows = torch.arange(spans.skipped, spans.question)
+    first = spans.prefix + spans.visual
+    own = backbone.positions(seen.layout)[..., first + spans.skipped : first + spans.question]
     cos, sin = backbone.rotary(own.to(seen.keys.device))
-    queries = rotate(seen.queries[:, :, parts.skipped : parts.question], cos, sin).float()
-    every = queries @ repeat_heads(seen.keys, queries.shape[1]).float().transpose(-1, -2)
+    queries = apply_rope(seen.queries[:, :, spans.skipped : spans.question], cos, sin)
+    every = attention_scores(queries, seen.keys)
     if causal:
         later = torch.arange(every.shape[-1]) > (first + rows).unsqueeze(1)
         every = every.masked_fill(later.to(every.device), -math.inf)
-    return _mean_probability(every, queries.shape[-1], slice(parts.prefix, first))
+    return _mean_probability(every, queries.shape[-1], slice(spans.prefix, first))
 
 
 def _mean_probability(logits: Tensor, head_size: int, part: slice) -> Tensor:

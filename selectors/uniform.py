@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from xcomp.sampling import uniform_indices
 from xcomp.selector import FrameSelector
-from xcomp.video import uniform_indices
 
 
 class Uniform(FrameSelector):
@@ -19,9 +18,6 @@ class Uniform(FrameSelector):
     @dataclass
     class Config:
         pass
-
-    def score_frames(self, backbone, pixels, *args, **kwargs) -> Tensor:
-        return torch.zeros(len(pixels))
 
     def select(self, scores: Tensor, budget: int) -> list[int]:
         if budget < 1:

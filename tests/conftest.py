@@ -1,13 +1,45 @@
-"""What the tests share: small random backbones, and the measure that whole tensors are compared by."""
+"""What the tests share: small random backbones, and the measure that whole tensors are compared by.
+
+``--device`` and ``--dtype`` are for the tests marked ``device``; ``make test-gpu`` runs these on CUDA. With
+``--device pretended`` they run on a device that is not there (:mod:`pretend_cuda`).
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from pretend_cuda import pretend_cuda
 
 from xcomp.tiny import FAMILIES, TinyBackbone, tiny_backbone
 
 __all__ = ["FAMILIES", "relative_error"]
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("xcomp")
+    group.addoption("--device", default="cpu", choices=["cpu", "cuda", "pretended"], help="of tests marked device")
+    group.addoption("--dtype", default="float32", choices=["float32", "bfloat16"], help="of tests marked device")
+
+
+def pytest_configure(config):
+    if config.getoption("device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: there is no CUDA device here")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig):
+    """The name of the device to test on: ``cpu`` or ``cuda``."""
+    if pytestconfig.getoption("device") != "pretended":
+        yield pytestconfig.getoption("device")
+        return
+    with pretend_cuda():
+        yield "cuda"
+
+
+@pytest.fixture(scope="session")
+def dtype(pytestconfig):
+    """The name of the type to test in: ``float32`` or ``bfloat16``."""
+    return pytestconfig.getoption("dtype")
 
 
 @pytest.fixture
@@ -109,5 +141,6 @@ def tiny_run(tmp_path, tiny_checkpoint, needle_videos):
         "frames": 4,
         "sampling": {"rate": 2, "min_frames": 8, "max_frames": 8},
         "generation": {"max_new_tokens": 3},
+        "decoding": {"workers": 0},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
     }

@@ -64,10 +64,10 @@ BROKEN = {
         "    def encode(self, pixels):\n        return super().encode(pixels)[:, 1:]",
         r"encode\(\) must return \(T, N, D\) = \(4, 16, 32\), not \(4, 15, 32\)",
     ),
-    "bytes for pixels": (
+    "pixels of its own": (
         "backbone",
         "    def preprocess(self, frames):\n        return frames.permute(0, 3, 1, 2)",
-        r"preprocess\(\) must return float \(T, 3, h, w\), not torch.uint8 \(4, 3, ",
+        r"preprocess\(\) follows from pixel_format and must not be overridden",
     ),
 }  # fmt: skip
 BASES = {

@@ -55,6 +55,7 @@ def place(tmp_path_factory, tiny_checkpoint, needle_videos):
         "benchmark": {"name": "needle", **needle_videos},
         "frames": 4,
         "limit": 3,
+        "decoding": {"workers": 0},
         "sampling": {"rate": 2, "min_frames": 8, "max_frames": 8},
         "generation": {"max_new_tokens": 3},
         "tune": {"data": [{"benchmark": {"name": "needle", "split": "train", **needle_videos}}], "steps": 1},
@@ -199,8 +200,8 @@ MISTAKES = {
         "belongs to a different config: frames was 4, now 8; choose another 'name', or delete the folder",
     ),
     "another tuning's folder": (
-        "tune run.yaml name=old-tune tune.steps=2",
-        "belongs to a different config: tune.steps was 1, now 2; choose another 'name'",
+        "tune run.yaml name=old-tune tune.batch_size=2",
+        "belongs to a different config: tune.batch_size was 1, now 2; choose another 'name'",
     ),
     "another command's folder": (
         "tune run.yaml name=old-evaluate",
@@ -284,15 +285,15 @@ def test_an_interrupted_run_says_that_it_resumes(run_cli, place):
         "    uses_video, asked = False, 0\n"
         "    def select(self, scores, budget):\n"
         "        self.asked += 1\n"
-        "        if self.asked == 3 and not Path('asked').exists():\n"
+        "        if self.asked == 4 and not Path('asked').exists():\n"  # two videos decoded ahead, then each is asked
         "            Path('asked').touch()\n"
         "            raise KeyboardInterrupt\n"  # as Ctrl-C does
         "        return list(range(budget))\n"
     )
-    command = ("evaluate", "run.yaml", "plugins=[.]", "selector=stopping", "name=stopped")
+    command = ("evaluate", "run.yaml", "plugins=[.]", "selector=stopping", "name=stopped", "limit=6")
     status, _, err = run_cli(*command)
     assert (status, err) == (130, "xcomp: interrupted; the same command resumes\n")
     records = place / "runs" / "stopped" / "records.jsonl"
-    assert len(records.read_text().splitlines()) == 1  # the warm-up, the first question, and then the interruption
+    assert len(records.read_text().splitlines()) == 4  # those of the first video, and then the interruption
     assert run_cli(*command)[0] == 0
-    assert len({json.loads(line)["question_id"] for line in records.open()}) == 3
+    assert len({json.loads(line)["question_id"] for line in records.open()}) == 6

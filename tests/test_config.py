@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import xcomp
+from xcomp.checkpoint import find_folder
 from xcomp.cli import _parser
 from xcomp.compare.arms import resolve_arms
 from xcomp.config import (
@@ -17,14 +18,13 @@ from xcomp.config import (
     RunConfig,
     Sampling,
     Tune,
-    built_in,
     check_component,
-    find_checkpoint,
     find_config,
     load_config,
     parse_config,
     split_component,
 )
+from xcomp.shipped import built_in
 
 CONFIGS = Path(xcomp.__file__).resolve().parent.parent / "configs"
 SHIPPED = {p.relative_to(CONFIGS).with_suffix("").as_posix(): p for p in sorted(CONFIGS.rglob("*.yaml"))}
@@ -127,7 +127,7 @@ def test_an_unknown_key_suggests_the_nearest(content, message):
         ({"sampling": {"max_frames": 12}}, "sampling: max_frames=12 must be a multiple of 8"),
         ({"sampling": {"min_frames": 1024}}, "sampling: min_frames=1024 must be between 0 and max_frames=512"),
         ({"sampling": {"style": "newest"}}, "sampling: style='newest' is not one of videochat_flash, xcomp"),
-        ({"sampling": {"reader": "vlc"}}, "sampling.reader is 'vlc'; readers: auto, decord, av"),
+        ({"sampling": {"reader": "vlc"}}, "sampling.reader is 'vlc'; readers: auto, decord, av, torchcodec"),
         ({"generation": {"max_new_tokens": 0}}, "generation.max_new_tokens is 0"),
         ({"generation": {"repetition_penalty": 0}}, "generation.repetition_penalty is 0.0; it must be above 0"),
         ({"generation": {"num_beams": 0}}, "generation.num_beams is 0"),
@@ -344,9 +344,12 @@ def test_a_config_that_does_not_exist_suggests_the_nearest():
 def test_a_checkpoint_is_a_path_a_shipped_name_or_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "checkpoints" / "small").mkdir(parents=True)
     monkeypatch.setattr(xcomp, "__path__", [str(tmp_path)])
-    assert find_checkpoint("small") == str(tmp_path / "checkpoints" / "small")
-    assert find_checkpoint(str(tmp_path)) == str(tmp_path)
-    assert find_checkpoint("owner/name") == "owner/name"
+    assert find_folder("small") == tmp_path / "checkpoints" / "small"
+    assert find_folder(str(tmp_path)) == tmp_path and find_folder(None) is None
+    asked = []
+    monkeypatch.setattr("xcomp.checkpoint.snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
+    assert find_folder("owner/name", weights=False) == tmp_path and asked[0][0] == ("owner/name",)
+    assert "*.safetensors" not in asked[0][1]["allow_patterns"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small").mkdir()
-    assert find_checkpoint("small") == "small"  # what lies here comes before what ships
+    assert find_folder("small") == Path("small")  # what lies here comes before what ships

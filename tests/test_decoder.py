@@ -8,7 +8,7 @@ from conftest import FAMILIES, relative_error
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import xcomp
-from xcomp.backbone import attention_probabilities, repeat_heads, rotate
+from xcomp.backbone import apply_rope, attention_probabilities, repeat_heads
 from xcomp.decoder import Decoder
 from xcomp.registry import plugins
 
@@ -47,10 +47,10 @@ def reference_logits(backbone, rule, visual, prefix, suffix):
         cos, sin = backbone.rotary((alive.cumsum(0) - 1).clamp(min=0)[None])
         normed = backbone.input_norm(layer, hidden)
         keys, values = backbone.project_keys_values(layer, normed)
-        queries = rotate(backbone.project_queries(layer, normed), cos, sin)
+        queries = apply_rope(backbone.project_queries(layer, normed), cos, sin)
         mask = torch.ones(len(slots), len(slots), dtype=torch.bool).tril() & alive
         mask = mask | torch.eye(len(slots), dtype=torch.bool)  # a dropped row must look somewhere
-        weights = attention_probabilities(queries, rotate(keys, cos, sin), mask)
+        weights = attention_probabilities(queries, apply_rope(keys, cos, sin), mask)
         attended = (weights @ repeat_heads(values, weights.shape[1])).transpose(1, 2).flatten(2)
         hidden = backbone.output(layer, hidden, attended)
     return backbone.head(hidden)[0]

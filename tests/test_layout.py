@@ -49,7 +49,7 @@ def test_sequence(seed):
     assert rows_of(layout) == slow_sequence(parts)
     assert layout.width == max(p + t * n + s for p, t, n, s in parts)
     assert layout.counts.tolist() == [p + t * n + s for p, t, n, s in parts]
-    assert layout.visual_counts() == [t * n for _, t, n, _ in parts]
+    assert layout.visual_counts == [t * n for _, t, n, _ in parts]
     assert layout.padded == (len(set(layout.counts.tolist())) > 1)
 
 

@@ -122,11 +122,13 @@ def test_the_installed_command_lists_every_plugin(installed, source):
 
 def test_installed_configs_checkpoints_and_plugins_are_found_by_name(installed, source):
     script = (
-        "import json; from xcomp.config import built_in, find_checkpoint, find_config, load_config\n"
+        "import json; from xcomp.checkpoint import find_folder; from xcomp.config import load_config\n"
+        "from xcomp.shipped import built_in\n"
         "from xcomp.registry import load_class\n"
         "plugin = __import__('sys').modules[load_class('compressor', 'lp_comp').__module__]\n"
         "config = load_config('brand_new/deeper/run').name\n"
-        "print(json.dumps([list(built_in('configs', '**/*.yaml')), find_checkpoint('small'), plugin.__file__, config]))"
+        "configs = list(built_in('configs', '**/*.yaml'))\n"
+        "print(json.dumps([configs, str(find_folder('small')), plugin.__file__, config]))"
     )
     configs, checkpoint, plugin, name = json.loads(installed("-c", script))
     shipped = {p.relative_to(source / "configs").with_suffix("").as_posix() for p in source.glob("configs/**/*.yaml")}

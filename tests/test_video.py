@@ -1,19 +1,21 @@
-"""xcomp.video: sampling against a slow transcription of the rule; readers against known frames and each other."""
+"""xcomp.video: readers against known frames and each other."""
 
 from __future__ import annotations
 
-import math
-import random
+import os
+import shutil
+import socket
 import sys
 from pathlib import Path
 
 import av
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
 
-from xcomp.video import STYLES, Video, VideoError, sample_indices, uniform_indices
+from xcomp.video import Video, VideoError
 
 NUM_FRAMES = 40
 READERS = ("decord", "av")
@@ -42,96 +44,6 @@ def mp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encode(tmp_path_factory.mktemp("video") / "clip.mp4", "libx264", {"g": "10", "bf": "2"})
 
 
-# --- Sampling ---------------------------------------------------------------------------------------------------------
-
-
-def slow_rule(num_frames: int, fps: float, rate: float, low: int, high: int, unit: int, style: str) -> list[int]:
-    """The rule ``dynamic_fps1``, step by step as it is specified."""
-    xcomp, original_low = style != "videochat_flash", low
-    if style == "xcomp" and unit > num_frames:
-        taken = [math.floor(i * num_frames / unit) for i in range(unit)]
-    else:
-        if low > num_frames:
-            low = math.floor(num_frames / unit) * unit
-        n = unit * max(1, int((num_frames / fps) * rate // unit))
-        n = min(n, high)
-        if xcomp and n > num_frames:
-            n = math.floor(num_frames / unit) * unit
-        n = max(low, n)
-        m = min(n, num_frames)
-        b = [int(x) for x in np.linspace(0, num_frames, m + 1)]
-        taken = [math.floor((b[i] + b[i + 1] - 1) / 2) for i in range(m)]
-        while not xcomp and len(taken) < n:
-            taken.append(taken[-1])
-    if style == "xcomp" and len(taken) < original_low:
-        taken = [taken[math.floor(i * len(taken) / original_low)] for i in range(original_low)]
-    return taken
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_sampling_follows_the_rule(style: str) -> None:
-    rng = random.Random(0)
-    for _ in range(1500):
-        unit = rng.choice([1, 4, 8])
-        high = unit * rng.randint(1, 130)
-        low = rng.randint(0, high)
-        num_frames = rng.choice([rng.randint(1, 40), rng.randint(1, 1000), rng.randint(1, 100_000)])
-        fps, rate = rng.choice([1.0, 3.0, 8.0, 23.976, 30000 / 1001, 60.0]), rng.choice([1, 2, 8])
-        bounds = {"rate": rate, "min_frames": low, "max_frames": high, "multiple": unit}
-        if style == "xcomp_training" and num_frames < unit:
-            with pytest.raises(VideoError, match="at least"):
-                sample_indices(num_frames, fps, style=style, **bounds)
-            continue
-        indices = sample_indices(num_frames, fps, style=style, **bounds)
-        assert indices == slow_rule(num_frames, fps, rate, low, high, unit, style)
-        assert indices == sorted(indices)
-        assert 0 <= indices[0] and indices[-1] < num_frames
-        assert 1 <= len(indices) <= high
-
-
-def test_sampling_by_hand() -> None:
-    assert len(sample_indices(800, 8.0, min_frames=8)) == 96  # 100 s, in units of 8
-    assert sample_indices(16, 1.0, min_frames=0, max_frames=8) == [0, 2, 4, 6, 8, 10, 12, 14]
-    assert sample_indices(3, 1.0) == [0, 1, 2, 2, 2, 2, 2, 2]
-    assert sample_indices(3, 1.0, min_frames=8, style="xcomp") == [0, 0, 0, 1, 1, 1, 2, 2]
-    assert len(sample_indices(20, 1.0, min_frames=128, max_frames=1024, rate=8, style="xcomp")) == 128
-    assert len(sample_indices(20, 1.0, min_frames=128, max_frames=1024, rate=8, style="xcomp_training")) == 16
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_frames": 500}, "max_frames=500 must be a multiple of 8"),
-        ({"max_frames": 0}, "max_frames=0"),
-        ({"min_frames": 600}, "min_frames=600"),
-        ({"rate": 0}, "rate=0"),
-        ({"style": "vcf"}, "style='vcf'"),
-    ],
-)
-def test_sampling_refuses(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        sample_indices(100, 8.0, **options)
-
-
-def test_sampling_needs_frames() -> None:
-    with pytest.raises(VideoError, match="no frames"):
-        sample_indices(0, 8.0)
-    with pytest.raises(VideoError, match="no frames"):
-        uniform_indices(0, 4)
-    with pytest.raises(ValueError, match="count=0"):
-        uniform_indices(10, 0)
-
-
-def test_uniform_indices() -> None:
-    assert uniform_indices(10, 5) == [1, 3, 5, 7, 9]
-    assert uniform_indices(2, 4) == [0, 0, 1, 1]
-    for num_frames, count in [(7, 3), (100, 64), (12345, 512)]:
-        assert uniform_indices(num_frames, count) == [math.floor((i + 0.5) * num_frames / count) for i in range(count)]
-
-
-# --- Reading ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("reader", READERS)
 def test_reads_the_frames_asked_for(mp4: Path, reader: str) -> None:
     wanted = [39, 3, 17, 17, 0, 22]
@@ -151,36 +63,28 @@ def test_readers_agree(mp4: Path) -> None:
     assert (decord - pyav).abs().max() <= 2  # two builds of FFmpeg convert YUV to RGB
 
 
-@pytest.mark.parametrize(
-    ("name", "codec", "options", "rate"),
-    [
-        ("clip.avi", "mpeg4", {"bf": "2"}, 8),
-        ("clip.ts", "libx264", {"g": "10"}, 8),
-        ("clip.mpg", "mpeg2video", {"bf": "2"}, 25),
-        ("clip.gif", "gif", {}, 8),
-        ("clip.mkv", "libx264", {"bf": "2"}, 8),
-    ],
-)
-def test_automatic_reader_finds_the_right_frames(
-    tmp_path: Path, name: str, codec: str, options: dict, rate: int
-) -> None:
-    with Video(encode(tmp_path / name, codec, options, rate)) as video:
-        assert video.num_frames == NUM_FRAMES
-        assert video.fps == (1 if codec == "gif" else rate)
-        assert numbers(video.frames([39, 3, 17, 0, 22])) == [39, 3, 17, 0, 22]
+def test_times_are_those_of_the_frames(mp4: Path) -> None:
+    with Video(mp4) as video:
+        assert video.times([4, 0, 39, 4]) == [0.5, 0.0, 4.875, 0.5]
+        assert video.times(torch.tensor([], dtype=torch.long)) == []
+        with pytest.raises(VideoError, match="no frame 40"):
+            video.times([40])
 
 
-def test_pyav_decodes_from_the_start_without_timestamps(mp4: Path) -> None:
-    video = Video(mp4, reader="av")
-    video._source._keys = []  # as in a file whose packets carry none
-    assert numbers(video.frames([30, 2])) == [30, 2]
+def test_what_serves_is_told(mp4: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (6, 4)).save(tmp_path / "frame_1.png")
+    with Video(mp4) as video:
+        assert (video.reader, video.reader_version, len(video)) == ("av", f"av {av.__version__}", NUM_FRAMES)
+    with Video(tmp_path) as video:
+        assert (video.reader, video.reader_version) == ("images", f"pillow {PIL.__version__}")
 
 
-def test_pyav_takes_over_where_decord_is_missing(mp4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "decord", None)
+@pytest.mark.parametrize("reader", ["decord", "torchcodec"])
+def test_a_missing_reader_is_named(mp4: Path, monkeypatch: pytest.MonkeyPatch, reader: str) -> None:
+    monkeypatch.setitem(sys.modules, reader, None)
     assert Video(mp4).reader == "av"
-    with pytest.raises(VideoError, match="decord"):
-        Video(mp4, reader="decord")
+    with pytest.raises(VideoError, match=f"{reader} cannot read it .*; use reader: av or auto"):
+        Video(mp4, reader=reader)
 
 
 def test_image_folder(tmp_path: Path) -> None:
@@ -242,8 +146,99 @@ def test_video_without_frames(tmp_path: Path, reader: str) -> None:
 
 
 def test_folder_without_images(tmp_path: Path) -> None:
-    with pytest.raises(VideoError, match="no frames"):
+    (tmp_path / "notes.txt").touch()
+    os.mkfifo(tmp_path / "frame_1.png")
+    with pytest.raises(VideoError, match=r"folder has no frames: no images named \*_<number>.jpg or .png"):
         Video(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "pipe in disguise"])
+def test_what_is_neither_file_nor_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """To open them would be to wait for ever."""
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    path = Path("clip.mp4")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    elif kind == "device":
+        path = Path("/dev/zero")
+    else:
+        os.mkfifo("pipe")
+        path.symlink_to("pipe")
+    with pytest.raises(VideoError, match="neither a file nor a folder"):
+        Video(path)
+
+
+@pytest.mark.parametrize("name", ["col:on.mp4", "http:x.mp4", "per%03dcent.mp4", "sp ace.mp4", "-dash.mp4", "film"])
+def test_names_that_mean_something_to_ffmpeg(
+    mp4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shutil.copy(mp4, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with Video(name) as video:
+        assert numbers(video.frames([30, 3])) == [30, 3]
+
+
+def test_names_that_are_no_text(mp4: Path, tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/clip\xff\n.mp4")
+    with pytest.raises(VideoError) as caught:
+        Video(path)
+    assert str(caught.value).encode().endswith(rb"clip\udcff\n.mp4: no such file or folder")
+    shutil.copy(mp4, path)
+    with Video(path) as video:
+        assert numbers(video.frames([30])) == [30]
+        with pytest.raises(VideoError) as caught:
+            video.frames([40])
+    assert "\n" not in str(caught.value) and str(caught.value).encode()
+
+
+@pytest.mark.parametrize(("name", "reason"), [("x" * 300, "name too long"), ("a\0b", "null")])
+def test_names_that_cannot_be(name: str, reason: str) -> None:
+    with pytest.raises(VideoError, match=rf"cannot be opened \(.*{reason}") as caught:
+        Video(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(mp4: Path, tmp_path: Path) -> None:
+    path = tmp_path / "closed.mp4"
+    shutil.copy(mp4, path)
+    path.chmod(0)
+    with pytest.raises(VideoError, match="no permission to read it"):
+        Video(path)
+
+
+def test_no_permission_asked_of_the_system(mp4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(VideoError, match="no permission to read it"):
+        Video(mp4)
+
+
+def test_titles_that_are_no_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "caf#"
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        picture = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+        container.mux([*stream.encode(picture), *stream.encode()])
+    path.write_bytes(path.read_bytes().replace(b"caf#", b"caf\xe9"))
+    assert len(Video(path)) == 1
+
+
+def test_closed_while_reading(mp4: Path) -> None:
+    video = Video(mp4)
+    pictures = video.read([1, 2, 3])
+    assert next(pictures)[0] == 1
+    video.close()
+    with pytest.raises(VideoError, match="closed"):
+        next(pictures)
+
+
+def test_threads_are_at_least_one(mp4: Path) -> None:
+    with pytest.raises(ValueError, match="threads=0 must be at least 1"):
+        Video(mp4, threads=0)
 
 
 def test_images_of_different_sizes(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The backbone contract: frames become visual tokens, tokens become words.
 
-A backbone is a vision path (``preprocess``, ``encode``), a prompt format (``prompt``) and a language model that is
+A backbone is a vision path (``pixel_format``, ``encode``), a prompt format (``prompt``) and a language model that is
 opened up layer by layer, so that :class:`xcomp.decoder.Decoder` can let tokens leave between layers. The language-model
 side is written once here for every decoder of the Llama family (Llama, Mistral, Qwen2, Qwen2.5, Qwen3) as
 ``transformers`` builds it; a backbone file sets ``language_model`` and ``lm_head`` and writes the vision path.
@@ -12,15 +12,21 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from xcomp.cost import count_macs
 from xcomp.layout import TokenLayout, gather
+from xcomp.pixels import PixelFormat
+
+# Most elements of a mask, or of a matrix of attention probabilities, that is made at once (one row at the least).
+ATTENTION_BLOCK = 2**24
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,10 @@ class ShownVideo:
     times: tuple[float, ...] | None = None
 
 
+class QuestionError(ValueError):
+    """A question that cannot be put to a model with what it is shown, e.g. because it is too long; others can."""
+
+
 def check_device(name: str) -> None:
     """ValueError unless tensors can be put on the device of that name."""
     try:
@@ -57,9 +67,16 @@ def check_device(name: str) -> None:
         raise ValueError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+def no_autocast(device_type: str) -> AbstractContextManager:
+    """No autocast inside; nothing on a device that has none."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 @contextmanager
 def exact_frequencies(module: nn.Module) -> Iterator[None]:
-    """Moves inside reach the module's rotary frequencies, casts do not: in half precision they are wrong."""
+    """``.to(device)`` inside moves ``inv_freq``; dtype casts leave it in float32, as half precision would be wrong."""
     exact = {name: buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq")}
     yield
     for name, buffer in exact.items():
@@ -68,7 +85,7 @@ def exact_frequencies(module: nn.Module) -> Iterator[None]:
         setattr(owner, leaf, buffer.to(getattr(owner, leaf).device))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding in the half-split form of the Llama family.
 
     ``x`` (B, H, S, K); ``cos``, ``sin`` (B, S, K).
@@ -84,9 +101,9 @@ class Rotary:
     cos: Tensor
     sin: Tensor
 
-    def turn(self, x: Tensor) -> Tensor:
-        """(B, H, S, K) turned to the positions."""
-        return rotate(x, self.cos, self.sin)
+    def apply(self, x: Tensor) -> Tensor:
+        """(B, H, S, K) rotated to the positions."""
+        return apply_rope(x, self.cos, self.sin)
 
     def rows(self, index: Tensor) -> Rotary:
         """Those at ``index`` (B, R)."""
@@ -102,17 +119,50 @@ def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
     return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
+def attention_scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Products in float32, under autocast too: (B, H, Q, K), (B, H_kv, S, K) → (B, H, Q, S), not scaled."""
+    with no_autocast(queries.device.type):
+        return queries.float() @ repeat_heads(keys, queries.shape[1]).float().transpose(-1, -2)
+
+
 def attention_probabilities(
     queries: Tensor, keys: Tensor, mask: Tensor | None = None, *, causal: bool = False
 ) -> Tensor:
     """Softmax attention in float32: (B, H, Q, K), (B, H_kv, S, K) → (B, H, Q, S). ``mask`` True where to look."""
-    scores = queries.float() @ repeat_heads(keys, queries.shape[1]).float().transpose(-1, -2)
-    scores = scores * queries.shape[-1] ** -0.5
+    scores = attention_scores(queries, keys) * queries.shape[-1] ** -0.5
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(-1)
+
+
+def masked_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: TokenLayout,
+    rows: Tensor | None,
+    *,
+    scaling: float,
+    eager: bool,
+) -> Tensor:
+    """Attention under an explicit mask, as many queries at a time as ``ATTENTION_BLOCK`` allows.
+
+    Arguments and result (B, Q, H, K) as in :meth:`Backbone.attend`; ``eager`` computes the probabilities in float32.
+    """
+    batch, heads, count, _ = queries.shape
+    rows = torch.arange(count).expand(batch, -1) if rows is None else rows
+    keys, values = repeat_heads(keys.float() if eager else keys, heads), repeat_heads(values, heads)
+    step = max(1, ATTENTION_BLOCK // (batch * layout.width * (heads if eager else 1)))
+    blocks = []
+    for part, seen in zip(queries.split(step, 2), rows.split(step, 1)):
+        mask = layout.causal_mask(seen, queries.device)
+        if eager:
+            blocks.append(attention_probabilities(part, keys, mask).to(values.dtype) @ values)
+        else:
+            blocks.append(scaled_dot_product_attention(part, keys, values, mask, scale=scaling))
+    return torch.cat(blocks, 2).transpose(1, 2)
 
 
 class Backbone(nn.Module):
@@ -123,17 +173,12 @@ class Backbone(nn.Module):
     clip_frames: int  # F; ``encode`` takes multiples of it
     merged_frames: int = 1  # pictures that share a group of N tokens; the language model's "frame" is such a group
     message_tokens: int = 0  # tokens that ``prompt`` puts between the video and the question, e.g. a time message
-    pixel_mean: tuple[float, float, float]
-    pixel_std: tuple[float, float, float]
+    pixel_format: PixelFormat
     language_model: nn.Module  # a transformers *Model: embed_tokens, layers, norm, rotary_emb
     lm_head: nn.Module
     tokenizer: Any
 
     # --- what every backbone writes -------------------------------------------------------------------------------
-
-    def preprocess(self, frames: Tensor) -> Tensor:
-        """(T, H, W, 3) uint8 → (T, 3, h, w) normalised pixels."""
-        raise NotImplementedError(f"{type(self).__name__} must define preprocess(frames)")
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(T, 3, h, w) → visual tokens (T / merged_frames, N, D); T is a multiple of ``clip_frames``."""
@@ -159,6 +204,28 @@ class Backbone(nn.Module):
         """Moves and casts as any module does, but leaves rotary frequencies in float32."""
         with exact_frequencies(self):
             return super()._apply(fn, recurse)
+
+    # --- derived --------------------------------------------------------------------------------------------------
+
+    def preprocess(self, frames: Tensor) -> Tensor:
+        """(T, H, W, 3) uint8 → (T, 3, h, w) normalised pixels of the model's type, by ``pixel_format``."""
+        return self.pixel_format(frames, self.dtype)
+
+    def check_frames(self, count: int) -> None:
+        """ValueError unless ``count`` frames fill the clips that are encoded together; names a number that does."""
+        clip = self.clip_frames
+        if count % clip:
+            fits = max(count // clip, 1) * clip
+            raise ValueError(f"a budget of {count} frames does not divide into encoder clips of {clip}; take {fits}")
+
+    @torch.no_grad()
+    def clip_macs(self, size: tuple[int, int]) -> int:
+        """MACs of encoding one clip of pictures of ``size`` (h, w), counted once on a clip of zeros."""
+        known = self.__dict__.setdefault("_clip_macs", {})
+        if size not in known:
+            pixels = torch.zeros(self.clip_frames, 3, *size, dtype=self.dtype, device=self.device)
+            known[size] = count_macs(lambda: self.encode(pixels))[1]
+        return known[size]
 
     # --- the language model, opened up ----------------------------------------------------------------------------
 
@@ -192,7 +259,7 @@ class Backbone(nn.Module):
 
         Here the running count, as in the Llama family: where tokens left, the rest is counted anew. A model whose
         tokens keep their places on several axes computes (axes, B, S) from ``layout.frame`` and ``layout.slot``: they
-        say the same of a token at every layer.
+        say the same of a token at every layer. Text that follows text goes on by one on every axis.
         """
         if layout.gaps:
             return layout.real.cumsum(1) - 1
@@ -234,26 +301,27 @@ class Backbone(nn.Module):
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        mask: Tensor | None,
-        causal: bool = False,
-        real: Tensor | None = None,
+        layout: TokenLayout,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Attention by the chosen implementation, after RoPE: (B, H, Q, K), (B, H_kv, S, K) twice → (B, Q, H·K).
 
-        ``mask`` (B, 1, Q, S) bool, True where a query may look; ``causal`` (no mask, Q = S) lets each see up to itself.
-        ``real`` (B, S) bool marks the positions that are no padding; None: all. Rows of padding come out as anything.
+        ``layout`` describes the keys. The queries are those of its positions ``rows`` (B, Q), None: of all; each looks
+        at what is real up to itself. Rows of padding come out as anything.
         """
         attention = self.language_model.layers[layer].self_attn
         name = self.text_config._attn_implementation
-        if name == "eager" or (name == "flash_attention_2" and mask is not None):
+        if name == "eager" or (rows is not None and not layout.all_visible(rows)):
             # flash-attention 2 knows no arbitrary masks; rows under one are few (a question, a decoded token).
-            attended = attention_probabilities(queries, keys, mask, causal=causal).to(values.dtype)
-            attended = (attended @ repeat_heads(values, queries.shape[1])).transpose(1, 2)
+            eager = name != "sdpa"
+            attended = masked_attention(queries, keys, values, layout, rows, scaling=attention.scaling, eager=eager)
         else:
-            if name == "flash_attention_2" and real is not None:
-                mask = real.to(queries.device)  # (B, S): padding is taken out, and sequences run at their own lengths
+            real = None
+            if name == "flash_attention_2" and rows is None and layout.padded:
+                real = layout.real.to(queries.device)  # padding is taken out, and sequences run at their own lengths
+            causal = rows is None and queries.shape[2] > 1
             attended, _ = ALL_ATTENTION_FUNCTIONS[name](
-                attention, queries, keys, values, mask, dropout=0.0, scaling=attention.scaling, is_causal=causal
+                attention, queries, keys, values, real, dropout=0.0, scaling=attention.scaling, is_causal=causal
             )
         return attended.flatten(2)
 

@@ -5,6 +5,7 @@ Everything a user can get wrong is a one-line ``ValueError`` that names the file
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
 import math
@@ -25,6 +26,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.utils import logging
 
 from xcomp.backbone import check_device
+from xcomp.shipped import built_in
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
@@ -94,14 +96,26 @@ def resolve_attention(name: str, device: str, dtype: torch.dtype) -> str:
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def local_folder(option: str, place: str) -> Path:
+def find_folder(checkpoint: str | None, *, weights: bool = True) -> Path | None:
+    """The folder of a ``checkpoint`` option: one by its path, a shipped one by name (``tiny``), a hub id's copy; None
+    for none. Without ``weights`` only what describes the model is downloaded."""
+    if checkpoint is None:
+        return None
+    shipped = built_in("checkpoints", "*")
+    if not os.path.exists(checkpoint) and checkpoint in shipped:
+        return shipped[checkpoint]
+    return local_folder("checkpoint", checkpoint, weights=weights)
+
+
+def local_folder(option: str, place: str, *, weights: bool = True) -> Path:
     """The folder itself, or a hub id's downloaded copy; ``option`` is what the user called it."""
     if os.path.isdir(place):
         return Path(place)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(place)):
         raise ValueError(f"{option} '{place}' is neither a folder nor a hub id like 'owner/name'")
     try:
-        return Path(snapshot_download(place, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]))
+        patterns = ["*.json", "*.txt", "*.jinja", "*.py"] + (["*.safetensors"] if weights else [])
+        return Path(snapshot_download(place, allow_patterns=patterns))
     except Exception as error:  # offline, unknown, gated: the client has many kinds of error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{option} '{place}' is no folder, nor could it be downloaded: {reason}") from error
@@ -171,10 +185,27 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     if old.exists():
-        for entry in old.iterdir():
-            if not (target / entry.name).exists() and not re.fullmatch(r"model.*\.safetensors(\..*)?", entry.name):
-                entry.rename(target / entry.name)
-        shutil.rmtree(old)
+        _take_over(old, target)
+
+
+def _take_over(old: Path, target: Path) -> None:
+    """Move what a replaced folder held beside its weights into the new one, and delete the rest."""
+    for entry in old.iterdir():
+        if not (target / entry.name).exists() and not re.fullmatch(r"model.*\.safetensors(\..*)?", entry.name):
+            entry.rename(target / entry.name)
+    shutil.rmtree(old)
+
+
+def mend_folder(folder: str | Path) -> None:
+    """Finish or take back what ``whole_folder`` was doing when its process was killed. Nobody else may write there."""
+    target = Path(folder).resolve()
+    for fresh in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
+        shutil.rmtree(fresh)
+    for old in target.parent.glob(f".{glob.escape(target.name)}.*.old"):
+        if target.exists():
+            _take_over(old, target)
+        else:
+            old.rename(target)
 
 
 # --- weight files -----------------------------------------------------------------------------------------------------
@@ -316,9 +347,10 @@ def build_model(model_class: Any, folder: Path | None, found: PreTrainedConfig, 
     dtype = DTYPES[options.dtype]
     attention = resolve_attention(options.attn_implementation, options.device, dtype)
     settings = {"dtype": dtype, "attn_implementation": attention}
-    if folder is None:
-        with within("architecture"):
-            model = AutoModelForImageTextToText.from_config(found, **settings).to(options.device)
+    if folder is None or options.device == "meta":
+        with within("architecture" if folder is None else f"'{folder / 'config.json'}'"):
+            with torch.device("meta" if options.device == "meta" else "cpu"):
+                model = AutoModelForImageTextToText.from_config(found, **settings).to(options.device)
             check_rotary(model)
             return model
     model = read_model(model_class, folder, found, **settings).to(options.device)
@@ -332,7 +364,7 @@ def build_model(model_class: Any, folder: Path | None, found: PreTrainedConfig, 
 def check_rotary(model: nn.Module) -> None:
     """ValueError unless a model's rotary frequencies, which follow from its configuration alone, are finite."""
     for name, frequencies in model.named_buffers():
-        if name.endswith("inv_freq") and not is_finite(frequencies):
+        if name.endswith("inv_freq") and not frequencies.is_meta and not is_finite(frequencies):
             raise ValueError(f"rope_theta and the other rope_parameters give frequencies ({name}) that are not finite")
 
 
@@ -467,7 +499,7 @@ def processor_numbers(folder: Path | None, default: dict[str, Any]) -> dict[str,
 
 
 def pixel_numbers(numbers: dict[str, Any]) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
-    """(resample, mean, std) for :func:`xcomp.pixels.preprocess_frames`; CLIP's where the processor names none."""
+    """(resample, mean, std) for :class:`xcomp.pixels.PixelFormat`; CLIP's where the processor names none."""
     numbers = {name: value for name, value in numbers.items() if value is not None}
     given = numbers.get("resample", 3)
     resample = next((name for number, name in ((2, "bilinear"), (3, "bicubic")) if given == number), None)

@@ -1,4 +1,4 @@
-"""``xcomp compare | tune | evaluate | ask | plugins | new``: every command reads a YAML file or plain arguments.
+"""The command line; every command reads a YAML file or plain arguments.
 
 Nothing heavy is imported before a command needs it. What a user can get wrong ends as one line and exit status 2.
 """
@@ -7,20 +7,32 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import xcomp
 from xcomp.registry import KINDS, Plugin, plugins, problem, unreadable
+from xcomp.stopping import Stopped, raise_stopped, signals
+
+if TYPE_CHECKING:
+    from xcomp.inflight import VideoInFlight
+    from xcomp.model import VideoQA
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     _quiet()
     try:
-        return options.run(options) or 0
+        with signals(signal.SIGTERM, handler=raise_stopped):
+            return options.run(options) or 0
+    except Stopped as stop:
+        if stop.line:
+            print(f"xcomp: {stop.line}", file=sys.stderr)
+        return stop.code
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
@@ -32,6 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = text.splitlines()[-1]
         print(f"xcomp: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options; overrides may stand behind flags too, which argparse alone does not take."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(r.startswith("-") or "=" not in r for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _quiet() -> None:
@@ -54,10 +77,23 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("config", help="a YAML file, or the name of a built-in config")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. benchmark.num_videos=10")
+        if name != "tune":
+            text = "ask nothing: print what there is, what it costs and how long it may take"
+            command.add_argument("--dry-run", action="store_true", help=text)
         command.set_defaults(run=run)
-    ask = commands.add_parser("ask", help="ask a question about a video file")
+    cost = commands.add_parser("cost", help="multiply-accumulates and memory of a config's arms, from shapes alone")
+    cost.add_argument("config", nargs="?", help="a YAML file, or the name of a built-in config")
+    cost.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. frames=512")
+    cost.add_argument("--seconds", type=float, default=600.0, help="length of the video (default: %(default)s)")
+    cost.add_argument("--question", help="the question that is counted")
+    cost.add_argument("--table-e", action="store_true", help="the paper's Table E beside ours")
+    cost.set_defaults(run=_cost)
+    report = commands.add_parser("report", help="the table and report of a run, also while it goes on")
+    report.add_argument("folder", help="a run folder")
+    report.set_defaults(run=_report)
+    ask = commands.add_parser("ask", help="ask a question about a video file, or any number of them")
     ask.add_argument("video")
-    ask.add_argument("question")
+    ask.add_argument("question", nargs="?", help="without one, questions are read line by line, and the video is kept")
     ask.add_argument("--options", nargs="+", metavar="OPTION", help="answers to choose from")
     ask.add_argument("--config", default="ask", help="a YAML file, or the name of a built-in config (default: ask)")
     ask.add_argument("--set", nargs="+", default=[], metavar="key=value", dest="overrides", help="config overrides")
@@ -82,9 +118,34 @@ def _load(options: argparse.Namespace):
 
 def _compare(options: argparse.Namespace) -> None:
     config = _load(options)
+    if options.dry_run:
+        from xcomp.compare.forecast import dry_run
+
+        return dry_run(config)
     from xcomp.compare.runner import compare
 
     compare(config)
+
+
+def _cost(options: argparse.Namespace) -> None:
+    from xcomp.compare.forecast import QUESTION, print_cost, print_table_e
+
+    if options.table_e:
+        print_table_e()
+    if options.config is not None:
+        if not 0 < options.seconds < float("inf"):
+            raise ValueError(f"--seconds is {options.seconds}; it must be above 0")
+        print_cost(_load(options), seconds=options.seconds, question=options.question or QUESTION)
+    elif not options.table_e:
+        raise ValueError("name a config, or give --table-e")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from xcomp.compare.runner import report
+
+    report(Path(options.folder))
 
 
 def _tune(options: argparse.Namespace) -> None:
@@ -96,6 +157,12 @@ def _tune(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     config = _load(options)
+    if options.dry_run:
+        from dataclasses import replace
+
+        from xcomp.compare.forecast import dry_run
+
+        return dry_run(replace(config, arms=[]))
     from xcomp.compare.runner import evaluate
 
     evaluate(config)
@@ -106,17 +173,45 @@ def _ask(options: argparse.Namespace) -> None:
     from xcomp.video import Video
 
     Video(options.video, reader=config.sampling.reader).close()  # before a large model is loaded for nothing
-    from transformers import TextStreamer
-
     from xcomp.model import VideoQA
 
     model = VideoQA.from_config(config).eval()
-    if not options.options and config.generation.num_beams == 1:  # words as they come
-        streamer = TextStreamer(model.backbone.tokenizer, skip_special_tokens=True)
-        model.ask(options.video, options.question, streamer=streamer)
+    with model.open(options.video) as video:
+        for question in _questions(options.question):
+            try:
+                _answer(model, video, question, options.options)
+            except ValueError as error:
+                if options.question is not None:
+                    raise
+                print(f"xcomp: error: {' '.join(str(error).split())}", file=sys.stderr)  # the next may do
+
+
+def _questions(given: str | None) -> Iterator[str]:
+    """The question given, or those typed in, one a line, up to an empty line or the end."""
+    if given is not None:
+        yield given
         return
-    answer = model.ask(options.video, options.question, options.options)
-    print(answer.text if answer.choice is None else options.options[answer.choice])
+    prompt = "? " if sys.stdin.isatty() else ""
+    while line := _line(prompt):
+        yield line
+
+
+def _line(prompt: str) -> str:
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""
+
+
+def _answer(model: VideoQA, video: VideoInFlight, question: str, options: Sequence[str] | None) -> None:
+    from transformers import TextStreamer
+
+    if not options and model.answerer.generation.num_beams == 1:  # words as they come
+        streamer = TextStreamer(model.backbone.tokenizer, skip_special_tokens=True)
+        model.ask(video, question, streamer=streamer)
+        return
+    answer = model.ask(video, question, options)
+    print(answer.text if answer.choice is None else options[answer.choice], flush=True)
 
 
 def _plugins(options: argparse.Namespace) -> int:

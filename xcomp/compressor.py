@@ -9,7 +9,6 @@ A compressor acts in one or more of three places:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,8 @@ from xcomp.schedule import keep_slots, token_counts
 class LayerOutput:
     """What a data-dependent rule sees after layer ``layer`` (0-based): ``hidden`` (B, S, D) and who is where.
 
-    ``rotary`` has the tables of the positions. ``asking`` (B,) is where each sample's prompt ends, the position that
-    the answer is read from; ``entered`` how many visual tokens each brought into the language model.
+    ``rotary`` has the tables of the positions. ``query_index`` (B,) is where each sample's prompt ends, the position
+    that the answer is read from; ``num_visual`` how many visual tokens each brought into the language model.
     """
 
     layer: int
@@ -34,19 +33,18 @@ class LayerOutput:
     layout: TokenLayout
     backbone: Backbone
     rotary: Rotary
-    asking: Tensor
-    entered: list[int]
+    query_index: Tensor
+    num_visual: list[int]
 
-    def attention_of_asking(self) -> Tensor:
-        """(B, S) attention that ``asking`` pays in the next layer to what it sees, float32, mean over heads."""
+    def attention_of_query(self) -> Tensor:
+        """(B, S) attention that ``query_index`` pays in the next layer to what it sees, float32, mean over heads."""
         if self.layer + 1 == self.num_layers:
             raise ValueError(f"there is no layer after layer {self.num_layers}")
-        backbone, layer, rows = self.backbone, self.layer + 1, self.asking.unsqueeze(1)
+        backbone, layer, rows = self.backbone, self.layer + 1, self.query_index.unsqueeze(1)
         normed = backbone.input_norm(layer, self.hidden)
-        keys = self.rotary.turn(backbone.project_keys_values(layer, normed)[0])
-        queries = self.rotary.rows(rows).turn(backbone.project_queries(layer, gather(normed, rows)))
-        mask = self.layout.causal_mask(rows)
-        mask = None if mask is None else mask.to(self.hidden.device)
+        keys = self.rotary.apply(backbone.project_keys_values(layer, normed)[0])
+        queries = self.rotary.rows(rows).apply(backbone.project_queries(layer, gather(normed, rows)))
+        mask = self.layout.causal_mask(rows, self.hidden.device)
         return attention_probabilities(queries, keys, mask).mean(1)[:, 0]
 
 
@@ -93,24 +91,3 @@ class PlannedDrop(Compressor):
         )
         rule = self.rule or c.rule
         return keep_slots(rule, counts, tokens_per_frame, seed=getattr(c, "seed", 0))
-
-
-def check_plan(plan: list[tuple[int, ...]], num_layers: int, tokens_per_frame: int, who: str) -> None:
-    """ValueError unless every layer keeps at least one slot, in range, once, out of those of the layer before."""
-    layers = list(plan) if isinstance(plan, Sequence) else [None]
-    if not all(isinstance(slots, Sequence) and all(isinstance(slot, int) for slot in slots) for slots in layers):
-        raise ValueError(f"{who}.plan must return the slots of each layer, a list of tuples of int, not {plan!r:.60}")
-    if len(plan) != num_layers:
-        raise ValueError(f"{who}.plan names {len(plan)} layers, but the language model has {num_layers}")
-    before = set(range(tokens_per_frame))
-    for layer, slots in enumerate(plan, start=1):
-        if not slots:
-            raise ValueError(f"{who}.plan keeps no token of a frame at layer {layer}; at least 1 must stay")
-        if list(slots) != sorted(set(slots)):
-            raise ValueError(f"{who}.plan must name each slot once and ascending; layer {layer} has {list(slots)}")
-        if slots[0] < 0 or slots[-1] >= tokens_per_frame:
-            raise ValueError(f"{who}.plan names slot {slots[0] if slots[0] < 0 else slots[-1]} at layer {layer}; "
-                             f"a frame has slots 0..{tokens_per_frame - 1}")
-        if not before.issuperset(slots):
-            raise ValueError(f"{who}.plan brings back slots dropped earlier, at layer {layer}")
-        before = set(slots)

@@ -23,8 +23,8 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-import xcomp
 from xcomp.registry import KINDS, build, configure, nearest
+from xcomp.shipped import built_in
 
 TRAINABLE = ("llm", "projector", "vision")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -45,7 +45,33 @@ class Sampling:
     max_frames: int = 512
     multiple: int = 8
     style: str = "videochat_flash"  # or xcomp: how videos with too few frames are filled
-    reader: str = "auto"  # auto, decord, av
+    reader: str = "auto"  # auto, decord, av, torchcodec
+
+    def candidates(self, num_frames: int, fps: float) -> list[int]:
+        """The candidate frames of a video (:func:`xcomp.sampling.sample_indices`)."""
+        from xcomp.sampling import sample_indices
+
+        return sample_indices(num_frames, fps, **{k: v for k, v in vars(self).items() if k != "reader"})
+
+
+@dataclass
+class Decoding:
+    """How videos are decoded beside the model. None of it changes a record."""
+
+    workers: int | None = None  # processes; default half of a rank's cores, at most 4; 0: in the process of the model
+    threads: int | None = None  # of each worker's decoder; default the cores divided among the workers
+    chunk: int = 16  # frames in one piece of work
+    seconds: float = 300.0  # a piece of work that takes longer is given up, and its worker replaced
+    memory: float = 4.0  # GB that a worker may take beyond what it starts with
+
+
+@dataclass
+class Memory:
+    """What is kept of one video, in GB; the rest is computed again. None of it changes a record."""
+
+    pixels: float = 2.0  # resized frames, uint8, in host memory (shared with the frames that are decoded ahead)
+    tokens: float = 2.0  # visual tokens and selectors' features, where the model is
+    states: float = 2.0  # key-value caches of a video that is asked further questions (`xcomp ask`)
 
 
 @dataclass
@@ -122,6 +148,8 @@ class RunConfig:
     batch_size: int = 1  # questions answered together
     limit: int | None = None  # first questions of the benchmark only
     sampling: Sampling = field(default_factory=Sampling)
+    decoding: Decoding = field(default_factory=Decoding)
+    memory: Memory = field(default_factory=Memory)
     generation: Generation = field(default_factory=Generation)
     arms: list[Arm] = field(default_factory=list)
     tune: Tune = field(default_factory=Tune)
@@ -148,15 +176,6 @@ class RunConfig:
         return content
 
 
-def built_in(folder: str, pattern: str) -> dict[str, Path]:
-    """What ships in ``configs`` or ``checkpoints``, by name relative to it and without ``.yaml``."""
-    found = {}
-    for root in xcomp.__path__:
-        for path in sorted((Path(root) / folder).glob(pattern)):
-            found[path.relative_to(Path(root) / folder).with_suffix("").as_posix()] = path
-    return found
-
-
 def find_config(name: str) -> Path:
     """A YAML file by path, or a built-in one by name (``demo``)."""
     if os.path.isfile(name):  # Path.is_file fails on a name that is too long
@@ -165,14 +184,6 @@ def find_config(name: str) -> Path:
     if name in known:
         return known[name]
     raise ConfigError(f"config '{name}' does not exist;{nearest(name, known)} built-in configs: {', '.join(known)}")
-
-
-def find_checkpoint(name: str) -> str:
-    """A checkpoint folder: a path as it is, a shipped one by name (``tiny``), else the name as a hub id."""
-    known = built_in("checkpoints", "*")
-    if not os.path.exists(name) and name in known:
-        return str(known[name])
-    return name
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -303,7 +314,13 @@ def parse_config(content: Any, where: str) -> RunConfig:
         raise ConfigError(f"config '{where}' must be a mapping of keys, not {type(content).__name__}")
     _check_values(content, where)
     _check_keys(RunConfig, content, where)
-    for part, node in (("sampling", Sampling), ("generation", Generation), ("tune", Tune)):
+    for part, node in (
+        ("sampling", Sampling),
+        ("decoding", Decoding),
+        ("memory", Memory),
+        ("generation", Generation),
+        ("tune", Tune),
+    ):
         _check_keys(node, content.get(part, {}), f"{where}: {part}")
     arms = content.get("arms") or []
     if not isinstance(arms, list):
@@ -377,6 +394,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         (config.limit is None or config.limit >= 1, f"limit is {config.limit}; it must be at least 1"),
         (config.sampling.rate > 0, f"sampling.rate is {config.sampling.rate}; it must be above 0 frames a second"),
         *_generation_rules(config.generation),
+        *_decoding_rules(config.decoding, config.memory),
         (config.tune.weight_decay >= 0, f"tune.weight_decay is {config.tune.weight_decay}; it must be at least 0"),
         (0 <= config.tune.warmup_ratio <= 1, f"tune.warmup_ratio is {config.tune.warmup_ratio}; it must be 0..1"),
         (config.tune.num_workers >= 0, f"tune.num_workers is {config.tune.num_workers}; it must be at least 0"),
@@ -406,6 +424,17 @@ def _check_ranges(config: RunConfig, where: str) -> None:
     _check_sampling(config.sampling, where)
 
 
+def _decoding_rules(d: Decoding, m: Memory) -> list[tuple[bool, str]]:
+    """As ``_generation_rules``."""
+    counts = (("workers", d.workers, 0), ("threads", d.threads, 1), ("chunk", d.chunk, 1))
+    return [
+        *((n is None or n >= low, f"decoding.{k} is {n}; it must be at least {low}") for k, n, low in counts),
+        (d.seconds > 0, f"decoding.seconds is {d.seconds}; it must be above 0"),
+        (d.memory > 0, f"decoding.memory is {d.memory}; it must be above 0 GB"),
+        *((v >= 0, f"memory.{k} is {v}; it must be at least 0 GB") for k, v in vars(m).items()),
+    ]
+
+
 def _generation_rules(g: Generation) -> list[tuple[bool, str]]:
     """(whether it holds, what to say if not) for each option."""
     return [
@@ -419,13 +448,12 @@ def _generation_rules(g: Generation) -> list[tuple[bool, str]]:
 
 
 def _check_sampling(sampling: Sampling, where: str) -> None:
-    from xcomp.video import READERS, sample_indices  # imports torch: not before all else holds
+    from xcomp.readers import READERS
 
     if sampling.reader not in READERS:
         raise ConfigError(f"config '{where}': sampling.reader is '{sampling.reader}'; readers: {', '.join(READERS)}")
-    rule = {key: value for key, value in dataclasses.asdict(sampling).items() if key != "reader"}
     try:
-        sample_indices(1000, 25.0, **rule)
+        sampling.candidates(1000, 25.0)
     except ValueError as error:
         raise ConfigError(f"config '{where}', sampling: {error}") from error
 

@@ -1,19 +1,28 @@
-"""What one prefill of the LLM costs, computed from shapes alone: nothing is run and torch is not imported.
+"""What a pass costs, computed from shapes alone: multiply-accumulates and the bytes of the KV cache.
 
 Counted: one multiply-accumulate (MAC) for every product of the matrix multiplications, that is the query, key, value
 and output projections, attention scores and weighted sums, the gated MLP (three matrices) and the language-model head.
 Not counted: embedding look-ups, norms, RoPE, softmax, activations, biases and residual sums (well below 1 % together).
-FLOPs are 2 · MACs. Papers often print MACs under the name FLOPs, and most count attention in full although it is
-causal; a ``Cost`` says which of the two was counted.
+FLOPs are 2 · MACs.
 
-Letters: S positions · D width · H heads · K head size.
+Convention "as run", for everything that a run reports: attention causally (a row at position p sees p + 1 keys), rows
+that leave after a layer without its output projection and MLP (``drop_early: output``), in the last layer only the
+position that is read, no head but there. Convention "paper" (:func:`paper_layers`), for tables that others printed:
+attention in full and every row in every layer; papers often print MACs under the name FLOPs.
+
+A pass is a list of :class:`LayerWork`, one a layer; whatever runs the language model (an answer, a stored video, a
+selector's chunk that stops half-way) is such a list. Nothing here imports torch before it is needed.
+
+Letters: S positions · D width · H heads · K head size · N tokens a frame · T frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -55,18 +64,27 @@ class LLMShape:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """MACs of one prefill, by part, and the bytes of the KV cache it leaves behind.
+class LayerWork:
+    """What one layer computes: new ``keys`` (and values), ``queries``, (query, key) ``pairs`` and ``outputs``.
 
-    ``causal`` says how attention was counted: only the keys each row sees (True) or every key for every row (False).
+    ``outputs`` are the positions that go through the output projection and the MLP.
     """
+
+    keys: int
+    queries: int
+    pairs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """MACs of a pass by part, and the bytes of the KV cache that it adds."""
 
     projections: int
     attention: int
     mlp: int
     head: int
     kv_bytes: int
-    causal: bool
 
     @property
     def macs(self) -> int:
@@ -79,75 +97,105 @@ class Cost:
         return 2 * self.macs
 
 
-def prefill_cost(
-    shape: LLMShape,
-    tokens_per_layer: Sequence[int],
-    text_tokens: int,
-    *,
-    computed_per_layer: Sequence[int] | None = None,
-    causal: bool = False,
-    head_positions: int = 1,
-    num_frames: int | None = None,
-    prefix_tokens: int = 0,
-    kv_value_bytes: int = 2,
+def pass_cost(
+    shape: LLMShape, layers: Sequence[LayerWork], *, head_positions: int = 0, kv_value_bytes: int = 2
 ) -> Cost:
-    """Cost of one pass over a video and its text.
+    """Cost of a pass. ``kv_value_bytes`` is the size of a cached number: 2 for bfloat16.
 
-    ``tokens_per_layer`` are the visual tokens each layer has as keys and values. ``computed_per_layer`` are those whose
-    query, attention, output projection and MLP are computed too: fewer where tokens that the layer is the last to see
-    are skipped. By default all are computed. Text is computed in every layer, and the head at ``head_positions``.
-
-    ``num_frames`` and ``prefix_tokens`` (text before the video, part of ``text_tokens``) are needed only for a causal
-    count with skipped rows, which depends on where the computed rows stand: the last ones of each frame, frames of
-    equal size. ``kv_value_bytes`` is the size of a cached number: 2 for bfloat16.
-
-    Raises ValueError for lists that do not fit the model or each other.
+    Raises:
+        ValueError: if the pass has more layers than the model.
     """
-    computed = tokens_per_layer if computed_per_layer is None else computed_per_layer
-    _check(shape, tokens_per_layer, computed, text_tokens, prefix_tokens)
-    keys = [visual + text_tokens for visual in tokens_per_layer]
-    rows = [visual + text_tokens for visual in computed]
-    if causal:
-        layers = zip(tokens_per_layer, computed, strict=True)
-        pairs = sum(_causal_pairs(n, c, text_tokens, prefix_tokens, num_frames) for n, c in layers)
-    else:
-        pairs = sum(row * key for row, key in zip(rows, keys, strict=True))
+    if len(layers) > shape.layers:
+        raise ValueError(f"the model has {shape.layers} layers, but the pass {len(layers)}")
+    keys, queries = sum(work.keys for work in layers), sum(work.queries for work in layers)
+    pairs, outputs = sum(work.pairs for work in layers), sum(work.outputs for work in layers)
     return Cost(
-        projections=2 * shape.hidden * (sum(rows) * shape.query_width + sum(keys) * shape.kv_width),
+        projections=shape.hidden * (2 * keys * shape.kv_width + (queries + outputs) * shape.query_width),
         attention=2 * pairs * shape.query_width,
-        mlp=3 * sum(rows) * shape.hidden * shape.intermediate,
+        mlp=3 * outputs * shape.hidden * shape.intermediate,
         head=head_positions * shape.hidden * shape.vocab,
-        kv_bytes=2 * sum(keys) * shape.kv_width * kv_value_bytes,
-        causal=causal,
+        kv_bytes=2 * keys * shape.kv_width * kv_value_bytes,
     )
 
 
-def _causal_pairs(visual: int, computed: int, text: int, prefix: int, num_frames: int | None) -> int:
-    """(row, key) pairs of one layer under a causal mask: the row at position p sees p + 1 keys."""
-    positions = visual + text
-    every_row = positions * (positions + 1) // 2
-    if computed == visual:
-        return every_row
-    if num_frames is None or num_frames < 1 or visual % num_frames or computed % num_frames:
-        raise ValueError(
-            f"a causal count with skipped rows ({computed} of {visual} computed) needs num_frames, a divisor of both; "
-            f"got {num_frames}. Pass it, or count with causal=False"
-        )
-    size, skipped = visual // num_frames, (visual - computed) // num_frames
-    # Frame f starts at prefix + f·size, and its first `skipped` rows are left out.
-    starts = num_frames * prefix + size * num_frames * (num_frames - 1) // 2
-    return every_row - skipped * starts - num_frames * skipped * (skipped + 1) // 2
+# --- passes -----------------------------------------------------------------------------------------------------------
 
 
-def _check(shape: LLMShape, tokens: Sequence[int], computed: Sequence[int], text: int, prefix: int) -> None:
-    """Raises ValueError unless there is one entry a layer and 0 ≤ computed ≤ tokens in each."""
-    if len(tokens) != shape.layers or len(computed) != shape.layers:
-        raise ValueError(
-            f"the model has {shape.layers} layers, but tokens_per_layer has {len(tokens)} entries "
-            f"and computed_per_layer {len(computed)}: give one a layer"
-        )
-    for layer, (all_rows, some) in enumerate(zip(tokens, computed, strict=True)):
-        if not 0 <= some <= all_rows:
-            raise ValueError(f"layer {layer}: {some} computed of {all_rows} visual tokens; need 0 ≤ computed ≤ tokens")
-    if not 0 <= prefix <= text:
-        raise ValueError(f"prefix_tokens ({prefix}) must lie between 0 and text_tokens ({text})")
+def planned_layers(
+    plan: Sequence[Sequence[int]], num_frames: int, prefix: int, suffix: int = 0, *, drop_early: str = "output"
+) -> list[LayerWork]:
+    """``[prefix | T frames | suffix]`` under a planned rule: ``plan[l]`` are the slots of a frame that layer l has.
+
+    With a suffix the last layer computes the last position alone; without one (a stored video) only keys and values.
+    ``drop_early`` as in :class:`xcomp.decoder.Decoder`. A pass that stops early is given the layers it runs.
+    """
+    last = 1 if suffix else 0
+    layers = []
+    for layer, slots in enumerate(plan):
+        size = prefix + num_frames * len(slots) + suffix
+        if layer == len(plan) - 1:
+            layers.append(LayerWork(size, last, size * last, last))
+            continue
+        stays = set(plan[layer + 1])
+        kept = [rank for rank, slot in enumerate(slots) if slot in stays]
+        staying = prefix + num_frames * len(kept) + suffix
+        if drop_early == "query" and staying < size:
+            visible = sum(frame * len(slots) + rank + 1 + prefix for frame in range(num_frames) for rank in kept)
+            pairs = _triangle(prefix) + visible + _triangle(size) - _triangle(size - suffix)
+            layers.append(LayerWork(size, staying, pairs, staying))
+        else:
+            layers.append(LayerWork(size, size, _triangle(size), size if drop_early == "off" else staying))
+    return layers
+
+
+def counted_layers(tokens_per_layer: Sequence[int], text: int, *, whole: bool = False) -> list[LayerWork]:
+    """``[prefix | video | suffix]`` under a rule that looks at the data: every position is computed where it is there.
+
+    ``tokens_per_layer`` are the visual tokens of each layer, ``text`` counts prefix and suffix. ``whole`` as in
+    :func:`appended_layers`.
+    """
+    sizes = [tokens + text for tokens in tokens_per_layer]
+    last = LayerWork(sizes[-1], sizes[-1], 0, 0) if whole else LayerWork(sizes[-1], 1, sizes[-1], 1)
+    return [LayerWork(n, n, _triangle(n), n) for n in sizes[:-1]] + [last]
+
+
+def appended_layers(stored: Sequence[int], rows: int, *, whole: bool = False) -> list[LayerWork]:
+    """``rows`` tokens of text behind caches of the sizes ``stored``, one a layer; only the last leaves the last layer.
+
+    ``whole``: of a pass that stops early and is only looked at, where the last layer's queries are made for all rows
+    and attend to nothing.
+    """
+    layers = [LayerWork(rows, rows, rows * size + _triangle(rows), rows) for size in stored[:-1]]
+    return layers + [LayerWork(rows, rows, 0, 0) if whole else LayerWork(rows, 1, stored[-1] + rows, 1)]
+
+
+def paper_layers(tokens_per_layer: Sequence[int], text: int = 0) -> list[LayerWork]:
+    """The convention of the paper's Table E: full attention, every row in every layer."""
+    return [LayerWork(n, n, n * n, n) for n in (tokens + text for tokens in tokens_per_layer)]
+
+
+def _triangle(rows: int) -> int:
+    """Pairs of a causal square: 1 + 2 + … + rows."""
+    return rows * (rows + 1) // 2
+
+
+# --- other models -----------------------------------------------------------------------------------------------------
+
+
+def count_macs(run: Callable[[], Result]) -> tuple[Result, int]:
+    """What ``run()`` returns, and the MACs of the matrix products that it makes (attention in full), counted by torch.
+
+    For vision towers and CLIP, whose shape is their own affair; it works on tensors of ``meta`` too, where nothing is
+    computed.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def attention(query, key, value, *args, out_shape=None, **kwargs):
+        return sdpa_flop_count(query, key, value)
+
+    # torch counts attention on a GPU, but not the kernel that a CPU takes.
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        result = run()
+    return result, counter.get_total_flops() // 2

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +23,15 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from xcomp.backbone import Backbone, Rotary
-from xcomp.compressor import Compressor, LayerOutput, check_plan
-from xcomp.contract import check_before_llm, check_keep, name_of
+from xcomp.backbone import Backbone, QuestionError, Rotary
+from xcomp.compressor import Compressor, LayerOutput
+from xcomp.contract import check_before_llm, check_keep, check_plan, name_of
+from xcomp.cost import LLMShape, appended_layers, counted_layers, pass_cost, planned_layers
 from xcomp.generation import generate
-from xcomp.layout import TokenLayout, gather
+from xcomp.layout import TextBehind, TokenLayout, gather
 
 DROP_EARLY = ("auto", "off", "output", "query")
+Ids = Tensor | Sequence[int]
 
 
 class QuestionNeeded(ValueError):
@@ -37,34 +40,55 @@ class QuestionNeeded(ValueError):
 
 @dataclass
 class State:
-    """What a pass leaves behind: the caches, who is where in them, and the logits after the last token."""
+    """What a pass leaves behind: the caches, who is where in them, and the logits after the last token.
+
+    ``prefilled`` describes what each layer kept of the first pass (layers that kept the same share a layout); ``text``
+    what was appended since, which is the same at every layer.
+    """
 
     cache: DynamicCache
-    layouts: list[TokenLayout]  # of each layer's cache
+    prefilled: list[TokenLayout]
+    text: TokenLayout
     logits: Tensor | None  # (B, V)
     batched: bool
+    # Of each layout in ``prefilled`` (by identity): where text behind it begins, (1 or B) or (axes, B).
+    starts: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def layouts(self) -> list[TokenLayout]:
+        """Who is where in each layer's cache."""
+        known = {id(layout): layout.append(self.text) for layout in self.prefilled}
+        return [known[id(layout)] for layout in self.prefilled]
 
     @property
     def tokens_per_layer(self) -> list[Any]:
         """Visual tokens in each layer's KV cache; for a batch, a list of one count a sample for each layer."""
-        counts = [layout.visual_counts() for layout in self.layouts]
-        return counts if self.batched else [c[0] for c in counts]
+        return [layout.visual_counts if self.batched else layout.visual_counts[0] for layout in self.prefilled]
 
     def fork(self) -> State:
         """A state that grows on its own; the stored keys and values are shared and never written to."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        return State(cache, list(self.layouts), self.logits, self.batched)
+        return replace(self, cache=cache)
 
     def repeat(self, times: int) -> State:
         """A state of its own in which every sample stands ``times`` in a row."""
         state = self.fork()
-        state.cache.batch_repeat_interleave(times)
-        known: dict[int, TokenLayout] = {}  # layers share layouts
-        state.layouts = [known.setdefault(id(layout), layout.repeat(times)) for layout in self.layouts]
+        if times > 1:
+            state.cache.batch_repeat_interleave(times)
+        known = {id(layout): layout.repeat(times) for layout in self.prefilled}
+        state.prefilled = [known[id(layout)] for layout in self.prefilled]
+        state.text = self.text.repeat(times)
         state.logits = None if self.logits is None else self.logits.repeat_interleave(times, 0)
-        state.batched = True
-        return state
+        return replace(state, batched=True, starts={})
+
+    def text_start(self, backbone: Backbone, layer: int) -> Tensor:
+        """Position of the first token of ``text`` at a layer: (1 or B) or (axes, B)."""
+        layout = self.prefilled[layer]
+        if id(layout) not in self.starts:
+            one_more = layout.append(TokenLayout.text([1] * len(layout.counts)))
+            self.starts[id(layout)] = backbone.positions(one_more)[..., -1]
+        return self.starts[id(layout)]
 
 
 @dataclass(frozen=True)
@@ -109,23 +133,30 @@ class Decoder:
 
     # --- public -----------------------------------------------------------------------------------------------------
 
-    def prefill(self, tokens: Any, prefix_ids: Any, suffix_ids: Any) -> State:
+    def prefill(
+        self, tokens: Tensor | Sequence[Tensor], prefix_ids: Ids | Sequence[Ids], suffix_ids: Ids | Sequence[Ids]
+    ) -> State:
         """Run ``[prefix | video | suffix]``: tokens (T, N, D) and 1-D ids, or lists of each for a batch."""
         hidden, layout, tokens_per_frame, batched = self._assemble(tokens, prefix_ids, suffix_ids)
-        state = State(DynamicCache(), [], None, batched)
-        last = layout.last_index().unsqueeze(1)
+        state = State(DynamicCache(), [], TokenLayout.text([0] * len(hidden)), None, batched)
         observed = 0
         if self.observer is not None:
             if len(hidden) > 1:
                 raise ValueError(f"an observer follows one sample at a time, not {len(hidden)}")
-            observed = len(_as_list(suffix_ids)[0]) if batched else len(suffix_ids)
-        rows = self._run(hidden, layout, tokens_per_frame, wanted=last, state=state, observed=observed)
-        if self.stop_layer == self.backbone.num_layers:
-            state.logits = self.backbone.head(rows[:, 0])
+            observed = len(suffix_ids[0] if batched else suffix_ids)
+        wanted = layout.last_index().unsqueeze(1)
+        last = self._run(hidden, layout, tokens_per_frame, wanted=wanted, state=state, observed=observed)
+        if last is not None:
+            state.logits = self.backbone.head(last[:, 0])
         return state
 
-    def logits(self, tokens: Any, prefix_ids: Any, suffix_ids: Any, num_logits: Sequence[int]) -> Tensor:
-        """Logits at the last ``num_logits[b]`` positions of each sample, packed: (sum, V). No cache: for training."""
+    def logits(
+        self, tokens: Sequence[Tensor], prefix_ids: Sequence[Ids], suffix_ids: Sequence[Ids], num_logits: Sequence[int]
+    ) -> Tensor:
+        """Logits at the last ``num_logits[b]`` positions of each sample, packed: (sum, V). No cache: for training.
+
+        One sample's tokens and ids may stand without a list.
+        """
         hidden, layout, tokens_per_frame, _ = self._assemble(tokens, prefix_ids, suffix_ids)
         counts = torch.tensor(num_logits)
         back = torch.arange(int(counts.max()))
@@ -133,29 +164,33 @@ class Decoder:
         rows = self._run(hidden, layout, tokens_per_frame, wanted=wanted, state=None)
         return self.backbone.head(rows[(back < counts.unsqueeze(1)).to(rows.device)])
 
-    def prefill_video(self, tokens: Any, prefix_ids: Any) -> State:
-        """Run ``[prefix | video]`` alone, for any number of questions. Needs a rule that does not see the question."""
+    def prefill_video(self, tokens: Tensor | Sequence[Tensor], prefix_ids: Ids | Sequence[Ids]) -> State:
+        """Run ``[prefix | video]`` alone, for any number of questions.
+
+        Raises:
+            QuestionNeeded: if the compressor decides from the question too.
+        """
         batched = isinstance(tokens, (list, tuple))
         empty = torch.empty(0, dtype=torch.long)
         suffixes = [empty] * len(tokens) if batched else empty
         hidden, layout, tokens_per_frame, _ = self._assemble(tokens, prefix_ids, suffixes)
-        if self._plan(tokens_per_frame) is None:
+        if self.plan(tokens_per_frame) is None:
             raise QuestionNeeded(
                 f"{type(self.compressor).__name__} decides from the question, so a video cannot be stored without one"
             )
-        state = State(DynamicCache(), [], None, batched)
+        state = State(DynamicCache(), [], TokenLayout.text([0] * len(hidden)), None, batched)
         self._run(hidden, layout, tokens_per_frame, wanted=None, state=state)
         return state
 
-    def extend(self, state: State, suffix_ids: Any) -> State:
+    def extend(self, state: State, suffix_ids: Ids | Sequence[Ids]) -> State:
         """Append text (1-D ids, or a list of them for a batch) to a state, in place, and return it."""
-        ids = _as_list(suffix_ids) if state.batched else [_ids(suffix_ids)]
-        new = TokenLayout.text([len(i) for i in ids])
-        padded = pad_sequence([_ids(i) for i in ids], batch_first=True).to(self.backbone.device)
-        self._append(self.backbone.embed(padded), new, state)
+        ids = [_ids(i) for i in (suffix_ids if state.batched else [suffix_ids])]
+        self._check_text(state, ids)
+        padded = pad_sequence(ids, batch_first=True).to(self.backbone.device)
+        self._append(self.backbone.embed(padded), TokenLayout.text([len(i) for i in ids]), state)
         return state
 
-    def decode(self, state: State, token_ids: Any) -> Tensor:
+    def decode(self, state: State, token_ids: Tensor | Sequence[int] | int) -> Tensor:
         """One step: a token a sample, (B,) or (B, 1) → logits (B, V). The state grows in place."""
         ids = torch.as_tensor(token_ids, device=self.backbone.device).reshape(-1, 1)
         self._append(self.backbone.embed(ids), TokenLayout.text([1] * len(ids)), state)
@@ -169,23 +204,60 @@ class Decoder:
         """
         return generate(self, state, **options)
 
-    # --- the pass ---------------------------------------------------------------------------------------------------
-
-    def _plan(self, tokens_per_frame: int) -> list[tuple[int, ...]] | None:
+    def plan(self, tokens_per_frame: int) -> list[tuple[int, ...]] | None:
+        """The slots of a frame that each layer keeps, checked; None where it depends on the data."""
         plan = self.compressor.plan(self.backbone.num_layers, tokens_per_frame)
         if plan is not None:
             check_plan(plan, self.backbone.num_layers, tokens_per_frame, name_of("compressor", self.compressor))
         return plan
 
-    def _assemble(self, tokens: Any, prefix_ids: Any, suffix_ids: Any) -> tuple[Tensor, TokenLayout, int, bool]:
+    def observed_by(self, observer: Callable[[Observation], None]) -> Decoder:
+        """The same decoder with an observer."""
+        options = {"drop_early": self.drop_early, "stop_layer": self.stop_layer}
+        return Decoder(self.backbone, self.compressor, observer=observer, **options)
+
+    # --- cost -------------------------------------------------------------------------------------------------------
+
+    def prefill_macs(self, state: State, num_prefix: int, num_suffix: int = 0, *, row: int = 0) -> int:
+        """MACs of the pass that left ``state``, for one of its samples: a prefix, the video, and a suffix if any."""
+        layout = state.prefilled[0]
+        plan = self.plan(layout.frame_tokens)
+        if plan is None:
+            counts = [layout.visual_counts[row] for layout in state.prefilled]
+            layers = counted_layers(counts, num_prefix + num_suffix, whole=self.observer is not None)
+        else:
+            plan, frames = plan[: self.stop_layer], int(layout.frame[row].max()) + 1
+            layers = planned_layers(plan, frames, num_prefix, num_suffix, drop_early=self.drop_early)
+        heads = 1 if num_suffix and self.stop_layer == self.backbone.num_layers else 0
+        return pass_cost(LLMShape.from_config(self.backbone.text_config), layers, head_positions=heads).macs
+
+    def append_macs(self, state: State, *texts: int, row: int = 0) -> int:
+        """MACs of texts of so many tokens, run one after the other behind what one sample of ``state`` prefilled."""
+        shape = LLMShape.from_config(self.backbone.text_config)
+        stored = [int(layout.counts[row]) for layout in state.prefilled]
+        whole = self.stop_layer < self.backbone.num_layers or self.observer is not None
+        total = 0
+        for new in filter(None, texts):
+            layers = appended_layers(stored, new, whole=whole)
+            total += pass_cost(shape, layers, head_positions=0 if whole else 1).macs
+            stored = [size + new for size in stored]
+        return total
+
+    # --- the pass ---------------------------------------------------------------------------------------------------
+
+    def _assemble(
+        self, tokens: Tensor | Sequence[Tensor], prefix_ids: Ids | Sequence[Ids], suffix_ids: Ids | Sequence[Ids]
+    ) -> tuple[Tensor, TokenLayout, int, bool]:
         """Embedded sequences (B, S, D) padded on the right, their layout, tokens a frame, and if it was a batch."""
         batched = isinstance(tokens, (list, tuple))
         videos = [self._before_llm(t) for t in (tokens if batched else [tokens])]
-        prefixes = [_ids(i) for i in (_as_list(prefix_ids) if batched else [prefix_ids])]
-        suffixes = [_ids(i) for i in (_as_list(suffix_ids) if batched else [suffix_ids])]
+        prefixes = [_ids(i) for i in (prefix_ids if batched else [prefix_ids])]
+        suffixes = [_ids(i) for i in (suffix_ids if batched else [suffix_ids])]
         if not len(videos) == len(prefixes) == len(suffixes):
-            raise ValueError(f"a batch needs as many videos ({len(videos)}) as prefixes ({len(prefixes)}) "
-                             f"and suffixes ({len(suffixes)})")
+            raise ValueError(
+                f"a batch needs as many videos ({len(videos)}) as prefixes ({len(prefixes)}) "
+                f"and suffixes ({len(suffixes)})"
+            )
         widths = {v.shape[1] for v in videos}
         if len(widths) != 1:
             raise ValueError(f"all videos of a batch need the same number of tokens a frame, not {sorted(widths)}")
@@ -214,8 +286,19 @@ class Decoder:
                 groups, width = video.shape[:2]
                 merged = self.backbone.merged_frames
                 fits = max(0, (limit - count + groups * width) // width) * merged
-                raise ValueError(f"{groups * merged} frames make a sequence of {count} tokens, but the language model "
-                                 f"takes {limit}; at most {fits} frames fit")
+                raise QuestionError(
+                    f"{groups * merged} frames make a sequence of {count} tokens, but the language "
+                    f"model takes {limit}; at most {fits} frames fit"
+                )
+
+    def _check_text(self, state: State, ids: list[Tensor]) -> None:
+        limit = self.backbone.text_config.max_position_embeddings
+        for before, after, new in zip(state.prefilled[0].counts.tolist(), state.text.counts.tolist(), map(len, ids)):
+            if before + after + new > limit:
+                raise QuestionError(
+                    f"a text of {new} tokens behind {before + after} others makes a sequence of "
+                    f"{before + after + new}, but the language model takes {limit}; show fewer frames"
+                )
 
     def _run(
         self,
@@ -229,36 +312,38 @@ class Decoder:
     ) -> Tensor | None:
         """All layers over whole sequences. ``wanted`` (B, R): positions whose last-layer output is returned (B, R, D).
 
-        With ``wanted`` None the last layer only stores keys and values. ``observed``: last positions that are observed.
+        With ``wanted`` None the last layer only stores keys and values, and nothing is returned; nor is it where an
+        observer ends the pass. ``observed``: how many last positions the observer sees.
         """
-        plan, entered = self._plan(tokens_per_frame), layout.visual_counts()
+        plan, num_visual = self.plan(tokens_per_frame), layout.visual_counts
         if plan is not None:
             index, layout, wanted = _reduce(layout, layout.keep_slots(plan[0], tokens_per_frame), wanted)
             hidden = hidden if index is None else gather(hidden, index)
         tables = _Tables(self.backbone)
+        cache = None if state is None else state.cache
         for layer in range(self.stop_layer):
             rotary = tables.of(layout)
             if state is not None:
-                state.layouts.append(layout)
-            entering, inside = hidden, layout
+                state.prefilled.append(layout)
+            observe = partial(self._observe, layer, layout, observed) if observed else None
             if layer == self.stop_layer - 1:
-                rows = self._layer(layer, hidden, layout, rotary, state, wanted, masked=True, none=wanted is None)
-                self._observe(layer, entering, inside, state, observed)
-                return rows
+                if wanted is None or observed:
+                    self._store(layer, hidden, rotary, cache, observe)
+                    return None
+                return self._layer(layer, hidden, rotary, cache, layout, wanted, wanted)
+            index = kept = None
             if plan is not None and len(plan[layer + 1]) < len(plan[layer]):
-                keep = layout.keep_slots(plan[layer + 1], tokens_per_frame)
-                index, kept, wanted = _reduce(layout, keep, wanted)
-                early = index if self.drop_early != "off" else None
-                hidden = self._layer(layer, hidden, layout, rotary, state, early, masked=self.drop_early == "query")
-                hidden = hidden if early is not None else gather(hidden, index)
+                index, kept, wanted = _reduce(layout, layout.keep_slots(plan[layer + 1], tokens_per_frame), wanted)
+            outputs = None if self.drop_early == "off" else index
+            queries = outputs if self.drop_early == "query" else None
+            hidden = self._layer(layer, hidden, rotary, cache, layout, queries, outputs, observe)
+            if index is not None:
+                hidden = gather(hidden, index) if outputs is None else hidden
                 layout = kept
-            else:
-                hidden = self._layer(layer, hidden, layout, rotary, state, None)
-            self._observe(layer, entering, inside, state, observed)
             if plan is None:
-                asking = wanted[:, 0]  # the first wanted position ends the prompt
+                query_index = wanted[:, 0]  # the first wanted position ends the prompt
                 output = LayerOutput(
-                    layer, self.backbone.num_layers, hidden, layout, self.backbone, rotary, asking, entered
+                    layer, self.backbone.num_layers, hidden, layout, self.backbone, rotary, query_index, num_visual
                 )
                 keep = self.compressor.after_layer(output)
                 if keep is not None:
@@ -266,85 +351,104 @@ class Decoder:
                     hidden = hidden if index is None else gather(hidden, index)
         raise AssertionError("a language model has at least one layer")
 
-    def _observe(self, layer: int, hidden: Tensor, layout: TokenLayout, state: State | None, rows: int) -> None:
-        """Show the observer the last ``rows`` positions of a layer's input, beside the keys that the layer stored."""
-        if rows:
-            queries = self.backbone.queries(layer, hidden[:, -rows:])
-            self.observer(Observation(layer, queries, state.cache.layers[layer].keys, layout))
-
     def _check_keep(self, keep: Tensor, layout: TokenLayout) -> Tensor:
         check_keep(name_of("compressor", self.compressor), keep, layout)
         return keep.cpu() | ~layout.visual
 
-    def _layer(self, layer: int, *args: Any, **kwargs: Any) -> Tensor | None:
+    def _append(self, hidden: Tensor, new: TokenLayout, state: State) -> None:
+        """Run new text (B, R, D) over the stored caches; only each sample's last row leaves the last layer."""
+        before = state.text
+        state.text = before.append(new)
+        # (1 or B, R): how far each new token stands behind the first text after the prefill.
+        offsets = before.counts.unsqueeze(1) + torch.arange(new.width)
+        last = new.last_index().unsqueeze(1)
+        known: dict[int, tuple[Rotary, TextBehind]] = {}  # layers share layouts
+        for layer in range(self.stop_layer):
+            stored = state.prefilled[layer]
+            if id(stored) not in known:
+                positions = state.text_start(self.backbone, layer).unsqueeze(-1) + offsets
+                rotary = Rotary(*self.backbone.rotary(positions.to(hidden.device)))
+                known[id(stored)] = rotary, TextBehind(stored, state.text)
+            rotary, layout = known[id(stored)]
+            observe = None
+            if self.observer is not None:
+                observe = partial(self._observe, layer, stored.append(state.text), new.width)
+                if layer == self.stop_layer - 1:
+                    self._store(layer, hidden, rotary, state.cache, observe)
+                    state.logits = None
+                    return
+            queries = last if layer == self.backbone.num_layers - 1 else None
+            hidden = self._layer(
+                layer, hidden, rotary, state.cache, layout, queries, queries, observe, layout.width - new.width
+            )
+        state.logits = self.backbone.head(hidden[:, -1])
+
+    def _observe(self, layer: int, layout: TokenLayout, rows: int, queries: Tensor, keys: Tensor) -> None:
+        self.observer(Observation(layer, queries[:, :, -rows:], keys, layout))
+
+    # --- one layer --------------------------------------------------------------------------------------------------
+
+    def _layer(self, layer: int, *args: Any) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._layer_body, layer, *args, use_reentrant=False, **kwargs)
-        return self._layer_body(layer, *args, **kwargs)
+            return checkpoint(self._layer_body, layer, *args, use_reentrant=False)
+        return self._layer_body(layer, *args)
 
     def _layer_body(
         self,
         layer: int,
         hidden: Tensor,
-        layout: TokenLayout,
         rotary: Rotary,
-        state: State | None,
-        rows: Tensor | None,
-        masked: bool = False,
-        none: bool = False,
-    ) -> Tensor | None:
-        """One layer under causal attention. ``rows`` (B, R): positions whose output is computed (all if None).
+        cache: DynamicCache | None,
+        layout: TokenLayout | TextBehind,
+        queries: Tensor | None,
+        outputs: Tensor | None,
+        observe: Callable[[Tensor, Tensor], None] | None = None,
+        offset: int = 0,
+    ) -> Tensor:
+        """One transformer layer over new positions (B, S, D), whose keys follow those of the cache.
 
-        ``masked`` computes only their queries too, under an explicit mask. ``none``: keys and values only.
+        ``queries`` (B, R) are the new positions that attend (None: all), ``outputs`` those that leave the layer (None:
+        those that attend). ``layout`` describes all keys, and ``offset`` is the first new position's place in it.
         """
         backbone = self.backbone
-        normed = backbone.input_norm(layer, hidden)
-        keys, values = backbone.project_keys_values(layer, normed)
-        keys = rotary.turn(keys)
-        if state is not None:
-            keys, values = state.cache.update(keys, values, layer)
-        if none:
-            return None
-        if rows is None or not masked:
-            queries = rotary.turn(backbone.project_queries(layer, normed))
-            real = layout.real if layout.padded else None
-            attended = backbone.attend(layer, queries, keys, values, None, causal=queries.shape[2] > 1, real=real)
-            if rows is not None:
-                hidden, attended = gather(hidden, rows), gather(attended, rows)
-            return backbone.output(layer, hidden, attended)
-        queries = rotary.rows(rows).turn(backbone.project_queries(layer, gather(normed, rows)))
-        mask = layout.causal_mask(rows)
-        attended = backbone.attend(layer, queries, keys, values, None if mask is None else mask.to(hidden.device))
-        return backbone.output(layer, gather(hidden, rows), attended)
+        normed, keys, values = self._keys_values(layer, hidden, rotary, cache)
+        rows = queries
+        if queries is not None:
+            hidden, normed = gather(hidden, queries), gather(normed, queries)
+            rotary, rows = rotary.rows(queries), queries + offset
+        elif offset:
+            rows = offset + torch.arange(hidden.shape[1]).expand(len(hidden), -1)
+        projected = backbone.project_queries(layer, normed)
+        if observe is not None:
+            observe(projected, keys)
+        attended = backbone.attend(layer, rotary.apply(projected), keys, values, layout, rows)
+        if outputs is not None and outputs is not queries:
+            hidden, attended = gather(hidden, outputs), gather(attended, outputs)
+        return backbone.output(layer, hidden, attended)
 
-    def _append(self, hidden: Tensor, new: TokenLayout, state: State) -> None:
-        """Run new text rows (B, R, D) over the stored caches; only each sample's last row leaves the last layer."""
-        backbone, device = self.backbone, hidden.device
-        tables = _Tables(backbone)
-        offset = torch.arange(new.width)
-        for layer in range(self.stop_layer):
-            stored = state.layouts[layer]
-            layout = state.layouts[layer] = stored.append(new)
-            rotary = tables.of(layout, new.width)
-            normed = backbone.input_norm(layer, hidden)
-            keys, values = backbone.project_keys_values(layer, normed)
-            keys, values = state.cache.update(rotary.turn(keys), values, layer)
-            last_layer = layer == backbone.num_layers - 1
-            rows = new.last_index().unsqueeze(1) if last_layer else None
-            if rows is not None and self.observer is None:
-                hidden, normed = gather(hidden, rows), gather(normed, rows)
-                rotary = rotary.rows(rows)
-            queries = backbone.project_queries(layer, normed)
-            if self.observer is not None:
-                self.observer(Observation(layer, queries, keys, layout))
-                if layer == self.stop_layer - 1:
-                    state.logits = None
-                    return
-            seen = stored.width + (offset.expand(len(hidden), -1) if rows is None else rows)
-            mask = layout.causal_mask(seen)
-            queries = rotary.turn(queries)
-            attended = backbone.attend(layer, queries, keys, values, None if mask is None else mask.to(device))
-            hidden = backbone.output(layer, hidden, attended)
-        state.logits = backbone.head(hidden[:, -1])
+    def _store(
+        self,
+        layer: int,
+        hidden: Tensor,
+        rotary: Rotary,
+        cache: DynamicCache | None,
+        observe: Callable[[Tensor, Tensor], None] | None,
+    ) -> None:
+        """What is left of a layer whose output nobody reads: its keys and values, and a look at its queries."""
+        normed, keys, _ = self._keys_values(layer, hidden, rotary, cache)
+        if observe is not None:
+            observe(self.backbone.project_queries(layer, normed), keys)
+
+    def _keys_values(
+        self, layer: int, hidden: Tensor, rotary: Rotary, cache: DynamicCache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed input of the new positions; keys (after RoPE) and values of all."""
+        normed = self.backbone.input_norm(layer, hidden)
+        keys, values = self.backbone.project_keys_values(layer, normed)
+        keys = rotary.apply(keys)
+        if cache is not None:
+            keys, values = cache.update(keys, values, layer)
+        return normed, keys, values
 
 
 class _Tables:
@@ -355,9 +459,9 @@ class _Tables:
         self.positions: Tensor | None = None
         self.rotary: Rotary | None = None
 
-    def of(self, layout: TokenLayout, last: int | None = None) -> Rotary:
-        """Tables of a layout's positions, or of its ``last`` ones."""
-        positions = self.backbone.positions(layout)[..., -(last or 0) :]
+    def of(self, layout: TokenLayout) -> Rotary:
+        """Tables of a layout's positions."""
+        positions = self.backbone.positions(layout)
         width = positions.shape[-1]
         if self.positions is None or not torch.equal(self.positions[..., :width], positions):
             self.positions = positions
@@ -377,11 +481,7 @@ def _reduce(
     return index, kept, wanted
 
 
-def _as_list(ids: Any) -> list[Any]:
-    return list(ids)
-
-
-def _ids(ids: Any) -> Tensor:
+def _ids(ids: Ids) -> Tensor:
     ids = torch.as_tensor(ids, dtype=torch.long)
     if ids.dim() != 1:
         raise ValueError(f"token ids must be 1-D, not of shape {tuple(ids.shape)}")

@@ -16,7 +16,7 @@ from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogits
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
-class _Speaker(PreTrainedModel, GenerationMixin):
+class _GenerationAdapter(PreTrainedModel, GenerationMixin):
     """A decoder and a state, in the form of a model that generates. It has no weights of its own."""
 
     _is_stateful = False  # beams may be reordered
@@ -72,7 +72,7 @@ def generate(decoder: Any, state: Any, **options: Any) -> list[list[int]]:
     if penalty != 1.0:  # as a processor of ours: told of a penalty beside embeddings, transformers warns
         processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)])
         settings["logits_processor"] = processors + (settings.get("logits_processor") or [])
-    written = _Speaker(decoder, state).generate(**given, **settings)
+    written = _GenerationAdapter(decoder, state).generate(**given, **settings)
     return [_up_to(ids, stop) for ids in written.tolist()]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,21 +47,21 @@ class TokenLayout:
             real[row, : prefix + frames * tokens + suffix] = True
         return cls(frame, slot, real, max((tokens for _, _, tokens, _ in parts), default=0))
 
-    @property
+    @cached_property
     def visual(self) -> Tensor:
         """(B, S) bool: positions that hold a visual token."""
         return self.frame != TEXT
 
-    @property
+    @cached_property
     def counts(self) -> Tensor:
-        """(B,) real tokens of each sample: the position number of the next one."""
+        """(B,) real tokens of each sample."""
         return self.real.sum(1)
 
-    @property
+    @cached_property
     def padded(self) -> bool:
         return not bool(self.real.all())
 
-    @property
+    @cached_property
     def gaps(self) -> bool:
         """Whether padding stands before a real token, as where text was appended to samples of unequal length."""
         return bool((self.real[:, 1:] & ~self.real[:, :-1]).any())
@@ -69,7 +70,9 @@ class TokenLayout:
     def width(self) -> int:
         return self.real.shape[1]
 
+    @cached_property
     def visual_counts(self) -> list[int]:
+        """Visual tokens of each sample."""
         return self.visual.sum(1).tolist()
 
     def last_index(self) -> Tensor:
@@ -119,10 +122,38 @@ class TokenLayout:
         repeated = (getattr(self, k).repeat_interleave(times, 0) for k in ("frame", "slot", "real"))
         return TokenLayout(*repeated, self.frame_tokens)
 
-    def causal_mask(self, rows: Tensor) -> Tensor | None:
-        """Keys that the queries at indices ``rows`` (B, R) may see: (B, 1, R, S) bool, or None if all see all."""
-        mask = (torch.arange(self.width) <= rows.unsqueeze(-1)) & self.real.unsqueeze(1)
-        return None if bool(mask.all()) else mask.unsqueeze(1)
+    def all_visible(self, rows: Tensor) -> bool:
+        """Whether the queries at indices ``rows`` (B, R) may all see every key."""
+        return not self.padded and bool((rows >= self.width - 1).all())
+
+    def causal_mask(self, rows: Tensor, device: torch.device | str = "cpu") -> Tensor | None:
+        """Keys that the queries at indices ``rows`` (B, R) may see: (B, 1, R, S) bool, or None if all see all.
+
+        Made on ``device`` from the rows and, where there is padding, from ``real``: no mask is copied there.
+        """
+        if self.all_visible(rows):
+            return None
+        mask = torch.arange(self.width, device=device) <= rows.unsqueeze(-1).to(device)
+        return (mask & self.real.unsqueeze(1).to(device) if self.padded else mask).unsqueeze(1)
+
+
+class TextBehind:
+    """A layout followed by text, as a cache is while answers are written: told without joining the two.
+
+    What attention asks of a layout is all it has; ``before.append(text)`` has the rest.
+    """
+
+    def __init__(self, before: TokenLayout, text: TokenLayout):
+        self.before, self.text = before, text
+        self.width = before.width + text.width
+        self.padded = before.padded or text.padded
+
+    @cached_property
+    def real(self) -> Tensor:
+        return torch.cat([self.before.real, self.text.real], 1)
+
+    all_visible = TokenLayout.all_visible
+    causal_mask = TokenLayout.causal_mask
 
 
 def gather(hidden: Tensor, index: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """VideoQA: a backbone, a compressor and a frame selector as one LightningModule.
 
 ``training_step`` tunes (supervised compression tuning), ``test_step`` evaluates questions, ``predict_step`` and ``ask``
-answer them.
+answer them (:mod:`xcomp.answering`).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,56 +19,31 @@ from torchmetrics import MeanMetric
 from transformers import get_cosine_schedule_with_warmup
 from transformers.generation import BaseStreamer
 
-from xcomp.backbone import Backbone, Prompt, ShownVideo
+from xcomp.answering import Answer, Answerer, Query, Refused
+from xcomp.backbone import Backbone
 from xcomp.benchmark import multiple_choice_prompt, parse_option
 from xcomp.compressor import Compressor
-from xcomp.config import ConfigError, Generation, RunConfig, Sampling, Tune, build_component
-from xcomp.contract import check_chosen, check_encoded, check_methods, check_pixels, check_scores, name_of
-from xcomp.cost import LLMShape, prefill_cost
-from xcomp.data.module import Sample, candidate_indices
+from xcomp.config import ConfigError, Decoding, Generation, Memory, RunConfig, Sampling, Tune, build_component
+from xcomp.contract import check_encoded, name_of
+from xcomp.data.module import Sample
 from xcomp.data.records import IGNORED
-from xcomp.decoder import Decoder, State
+from xcomp.decoder import Decoder
+from xcomp.decoding import DecodingPool
+from xcomp.inflight import VideoInFlight
+from xcomp.ledger import shares
 from xcomp.selector import FrameSelector
-from xcomp.video import Video, VideoError, check_budget
+from xcomp.video import VideoError
 
 
-@dataclass(frozen=True)
-class Query:
-    """A video file, the bare question, and the text put to the model (question, options, request)."""
-
-    video: str
-    question: str
-    text: str
-
-
-@dataclass
-class Shown:
-    """The frames a query is answered from."""
-
-    pixels: Tensor  # (T, 3, h, w)
-    frames: list[int]  # their numbers in the video
-    times: list[float]  # seconds
-    duration: float
-    scores: list[float] | None = None  # of every candidate frame
-    candidate_times: list[float] | None = None
-
-
-@dataclass
-class Answer:
-    """What the model wrote, what it saw and what that cost. ``seconds`` are wall-clock; of a batch, an equal share."""
-
-    text: str
-    frames: list[int]
-    times: list[float]
-    duration: float
-    tokens_per_layer: list[int]
-    tokens_in: int
-    macs: int
-    seconds: float
-    seconds_select: float
-    scores: list[float] | None = field(default=None, repr=False)
-    candidate_times: list[float] | None = field(default=None, repr=False)
-    choice: int | None = None
+def check_sampling(sampling: Sampling, backbone: Backbone) -> None:
+    """ValueError unless whatever number of frames the rule takes fills the clips that are encoded together."""
+    for name in ("multiple", "min_frames"):
+        count = getattr(sampling, name)
+        if count % backbone.clip_frames:
+            raise ValueError(
+                f"sampling.{name} is {count}; it must be a multiple of {backbone.clip_frames}, "
+                "the frames that the backbone encodes together"
+            )
 
 
 class VideoQA(L.LightningModule):
@@ -84,29 +59,25 @@ class VideoQA(L.LightningModule):
         sampling: Sampling | None = None,
         generation: Generation | None = None,
         tune: Tune | None = None,
+        decoding: Decoding | None = None,
+        memory: Memory | None = None,
+        batch_size: int = 1,
     ):
         super().__init__()
-        check_methods("backbone", backbone, "preprocess", "encode", "prompt")
-        if selector is not None and selector.uses_video:
-            check_methods("selector", selector, "score_frames")
-        self.backbone = backbone
-        self.compressor = compressor or Compressor(None)
-        self.selector = selector
-        self.frames = frames
         self.sampling = sampling or Sampling()
-        self.generation = generation or Generation()
+        check_sampling(self.sampling, backbone)
+        self.answerer = Answerer(
+            backbone, compressor, selector, budget=frames, generation=generation, batch_size=batch_size
+        )
+        self.backbone = backbone
+        self.compressor = self.answerer.compressor.to(backbone.device)
+        self.selector = selector if selector is None else selector.to(backbone.device)
         self.tune = tune or Tune()
+        # Without processes of its own: a script may ask without the guard that starting processes needs.
+        self.decoding = decoding or Decoding(workers=0)
+        self.memory = memory or Memory()
         self.decoder = Decoder(self.backbone, self.compressor, checkpointing=self.tune.gradient_checkpointing)
         self.accuracy = MeanMetric()
-        if frames is not None:
-            check_budget(frames, backbone.clip_frames)
-        for name in ("multiple", "min_frames"):
-            count = getattr(self.sampling, name)
-            if count % backbone.clip_frames:
-                raise ValueError(
-                    f"sampling.{name} is {count}; it must be a multiple of {backbone.clip_frames}, "
-                    "the frames that the backbone encodes together"
-                )
 
     @classmethod
     def from_config(cls, config: RunConfig, backbone: Backbone | None = None) -> VideoQA:
@@ -122,107 +93,74 @@ class VideoQA(L.LightningModule):
             sampling=config.sampling,
             generation=config.generation,
             tune=config.tune,
+            memory=config.memory,
+            batch_size=config.batch_size,
         )
 
     # --- answering --------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def open(self, video: str | Path) -> Iterator[VideoInFlight]:
+        """A video to ask any number of questions: frames, tokens and the language model's pass over it are kept.
+
+            with qa.open("video.mp4") as video:
+                qa.ask(video, "What does the man pick up?")
+
+        Raises:
+            VideoError: if the file cannot be opened.
+        """
+        with DecodingPool(self.decoding, self.sampling) as pool:
+            with VideoInFlight(str(video), self.backbone, pool, self.memory, keep_states=True) as opened:
+                opened.expect(self.answerer.expected)
+                _ = opened.info  # what cannot be opened is said now
+                yield opened
+
     def ask(
-        self, video: str, question: str, options: Sequence[str] | None = None, streamer: BaseStreamer | None = None
+        self,
+        video: str | Path | VideoInFlight,
+        question: str,
+        options: Sequence[str] | None = None,
+        streamer: BaseStreamer | None = None,
     ) -> Answer:
-        """Answer one question about a video file. With ``options``, ``Answer.choice`` is the chosen one's index.
+        """Answer one question about a video file, or one that was opened. With ``options``, ``Answer.choice`` is the
+        chosen one's index.
 
         ``streamer``, one of transformers', is handed each token as it is written.
+
+        Raises:
+            VideoError: if the file cannot be opened or decoded.
+            QuestionError: if the question cannot be put to the model.
         """
+        if not isinstance(video, VideoInFlight):
+            with self.open(video) as opened:
+                return self.ask(opened, question, options, streamer)
         text = multiple_choice_prompt(question, options) if options else question
-        answer = self.answer([Query(str(video), question, text)], streamer)[0]
+        (answer,) = self.answerer.answer(video, [Query(video.path, question, text)], streamer)
+        if not isinstance(answer, Answer):
+            raise answer
+        answer.share = shares({0: answer.work})[0]
         if options:
             answer.choice = parse_option(answer.text, options)
         return answer
 
-    @torch.no_grad()
-    def answer(self, queries: Sequence[Query], streamer: BaseStreamer | None = None) -> list[Answer]:
-        """Answer queries together, in one batch."""
-        started = time.perf_counter()
-        shown = [self.show(query) for query in queries]
-        selected = time.perf_counter()
-        prompts = [self._prompt(q.text, s) for q, s in zip(queries, shown)]
-        tokens = self._encode([s.pixels for s in shown])
-        state = self.decoder.prefill(tokens, [p.prefix_ids for p in prompts], [p.suffix_ids for p in prompts])
-        per_layer = [list(counts) for counts in zip(*state.tokens_per_layer)]
-        written = self._write(state, streamer)
-        texts = [self.backbone.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
-        finished = time.perf_counter()
-        return [
-            Answer(
-                text=texts[i],
-                frames=s.frames,
-                times=s.times,
-                duration=s.duration,
-                tokens_per_layer=per_layer[i],
-                tokens_in=tokens[i].shape[0] * tokens[i].shape[1],
-                macs=self._macs(per_layer[i], prompts[i]),
-                seconds=(finished - started) / len(queries),
-                seconds_select=(selected - started) / len(queries),
-                scores=s.scores,
-                candidate_times=s.candidate_times,
-            )
-            for i, s in enumerate(shown)
-        ]
-
-    def _write(self, state: State, streamer: BaseStreamer | None) -> list[list[int]]:
-        """Token ids of the answers; draws leave the caller's random numbers as they are."""
-        device = self.backbone.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=self.generation.do_sample):
-            if self.generation.do_sample:
-                torch.manual_seed(self.generation.seed)
-            return self.decoder.generate(state, streamer=streamer, **self.generation.options())
-
-    def show(self, query: Query) -> Shown:
-        """Decode the frames that the selector picks for a query."""
-        with Video(query.video, reader=self.sampling.reader) as video:
-            candidates = candidate_indices(video, self.sampling)
-            budget = self.frames
-            if budget is None or budget >= len(candidates) or self.selector is None:
-                return self._shown(video, candidates, video.frames(candidates))
-            if not self.selector.uses_video:
-                chosen = self._select(torch.zeros(len(candidates)), budget)
-                frames = [candidates[i] for i in chosen]
-                return self._shown(video, frames, video.frames(frames))
-            everything = self._shown(video, candidates, video.frames(candidates))
-        prompt = self._prompt(query.text, everything)
-        scores = self.selector.score_frames(
-            self.backbone,
-            everything.pixels,
-            prompt.prefix_ids,
-            prompt.question_ids,
-            prompt.header_ids,
-            compressor=self.compressor,
-            question=query.question,
-        )
-        check_scores(name_of("selector", self.selector), scores, len(candidates))
-        chosen = self._select(scores, budget)
-        return Shown(
-            everything.pixels[chosen],
-            [candidates[i] for i in chosen],
-            [everything.times[i] for i in chosen],
-            everything.duration,
-            [round(x, 6) for x in scores.tolist()],
-            everything.times,
-        )
-
-    def _select(self, scores: Tensor, budget: int) -> list[int]:
-        chosen = self.selector.select(scores, budget)
-        check_chosen(name_of("selector", self.selector), chosen, len(scores), budget)
-        return chosen
-
-    def _shown(self, video: Video, indices: list[int], frames: Tensor) -> Shown:
-        pixels = self.backbone.preprocess(frames)
-        check_pixels(name_of("backbone", self.backbone), pixels, len(frames))
-        pixels = pixels.to(self.backbone.device, self.backbone.dtype)
-        return Shown(pixels, indices, [round(i / video.fps, 3) for i in indices], video.duration)
-
-    def _prompt(self, text: str, shown: Shown) -> Prompt:
-        return self.backbone.prompt(text, ShownVideo(shown.duration, len(shown.frames), tuple(shown.times)))
+    def answer(self, queries: Sequence[Query]) -> list[Answer | Refused]:
+        """Answers in the order of the queries; the questions about one video share what they can."""
+        outcomes: dict[int, Answer | Refused] = {}
+        videos: dict[str, list[int]] = {}
+        for number, query in enumerate(queries):
+            videos.setdefault(query.video, []).append(number)
+        for path, members in videos.items():
+            try:
+                with self.open(path) as video:
+                    found = self.answerer.answer(video, [queries[i] for i in members])
+            except VideoError as error:
+                found = [error] * len(members)
+            costs = shares({i: answer.work for i, answer in zip(members, found) if isinstance(answer, Answer)})
+            for number, outcome in zip(members, found):
+                if isinstance(outcome, Answer):
+                    outcome.share = costs[number]
+                outcomes[number] = outcome
+        return [outcomes[number] for number in range(len(queries))]
 
     def _encode(self, pixels: list[Tensor]) -> list[Tensor]:
         """Tokens of several videos in one pass of the vision path: clips never interact before the LLM."""
@@ -232,22 +170,17 @@ class VideoQA(L.LightningModule):
         check_encoded(name_of("backbone", self.backbone), tokens, shape)
         return list(tokens.split(groups))
 
-    def _macs(self, tokens_per_layer: list[int], prompt: Prompt) -> int:
-        shape = LLMShape.from_config(self.backbone.text_config)
-        return prefill_cost(shape, tokens_per_layer, len(prompt.prefix_ids) + len(prompt.suffix_ids)).macs
-
     # --- Lightning --------------------------------------------------------------------------------------------------
 
-    def predict_step(self, batch: list[tuple[Any, Query]], batch_idx: int = 0) -> list[Answer | VideoError]:
-        """Answers to (question, query) pairs; a video that cannot be read is that query's outcome, not the end."""
-        try:
-            return self.answer([query for _, query in batch])
-        except VideoError as error:
-            return [error] if len(batch) == 1 else [out for item in batch for out in self.predict_step([item])]
+    def predict_step(self, batch: list[tuple[Any, Query]], batch_idx: int = 0) -> list[Answer | Refused]:
+        """Answers to (question, query) pairs; what cannot be read or asked is that query's outcome, not the end."""
+        return self.answer([query for _, query in batch])
 
     def test_step(self, batch: list[tuple[Any, Query]], batch_idx: int = 0) -> None:
         """Accuracy over (question, query) pairs, answered by an option's letter or words."""
         for (question, _), answer in zip(batch, self.answer([query for _, query in batch])):
+            if not isinstance(answer, Answer):
+                raise answer
             self.accuracy.update(float(parse_option(answer.text, question.options) == question.answer))
         self.log("test/accuracy", self.accuracy, batch_size=len(batch))
 

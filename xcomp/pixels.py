@@ -1,8 +1,9 @@
 """Frames to pixels: what every vision encoder here does to an image before its first layer.
 
 Resize (bicubic, antialiased), optionally crop the centre, rescale to 0..1, normalise. A processor of ``transformers``
-is a handful of numbers around the same steps; one tensor function driven by those numbers serves every backbone and
-CLIP alike, in batches and on any device.
+is a handful of numbers around the same steps; one :class:`PixelFormat` of those numbers serves every backbone and CLIP
+alike, in batches and on any device. Its first half (resizing) gives bytes, which are what is kept of a frame; its
+second (normalising) runs where the encoder does.
 
 The resized picture is rounded to whole levels, because Pillow's is. Deviation: Pillow's fixed-point arithmetic is not
 imitated, so about one value in two hundred differs from Pillow by a level (1/255). Rows are resized before columns, as
@@ -15,6 +16,7 @@ Shape letters: T frames; H, W height and width as read; h, w after resizing and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,33 +26,71 @@ from torch.nn.functional import interpolate
 INTEGER_DEVICES = ("cpu",)
 
 
-def preprocess_frames(
-    frames: Tensor,
-    size: int | tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    shortest_edge: bool = False,
-    crop: int | tuple[int, int] | None = None,
-    resample: str = "bicubic",
-    dtype: torch.dtype = torch.float32,
-    batch_size: int = 32,
-) -> Tensor:
-    """(T, H, W, 3) uint8, RGB → (T, 3, h, w) of ``dtype``, on the frames' device.
+@dataclass(frozen=True)
+class PixelFormat:
+    """What a vision encoder is given of a frame: how it is resized and cropped, and what its values mean.
 
     ``size`` is (h, w), or one number for a square; with ``shortest_edge`` it is one number, the length of the shorter
     side, and the aspect is kept. ``crop`` then cuts (h, w) from the centre. ``mean`` and ``std`` are for values in
-    0..1. ``batch_size`` frames are worked on at once; only the result grows with T.
+    0..1. Plain numbers, so that a process which decodes can resize without knowing the model.
     """
-    _check_frames(frames)
-    resized = _target_size(frames.shape[1:3], size, shortest_edge)
-    final = resized if crop is None else _check_crop(_pair(crop), resized)
-    pixels = torch.empty(len(frames), 3, *final, dtype=dtype, device=frames.device)
-    mean, std = (torch.tensor(values, device=frames.device).view(3, 1, 1) for values in (mean, std))
-    for start in range(0, len(frames), batch_size):
-        part = resize_uint8(frames[start : start + batch_size].permute(0, 3, 1, 2), resized, resample)
-        pixels[start : start + batch_size] = (_center(part, final).float() / 255 - mean) / std
-    return pixels
+
+    size: int | tuple[int, int]
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    shortest_edge: bool = False
+    crop: int | tuple[int, int] | None = None
+    resample: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        for name in ("size", "mean", "std", "crop"):  # lists, as JSON and YAML have them, are not hashable
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean} and std {self.std} must be 3 numbers each, std above 0")
+        if self.shortest_edge and not isinstance(self.size, int):
+            raise ValueError(f"with shortest_edge, size is one number (the shorter side's length), not {self.size!r}")
+
+    def resize(self, frames: Tensor) -> Tensor:
+        """(T, H, W, 3) uint8, RGB → (T, 3, h, w) uint8, on the frames' device.
+
+        Raises:
+            ValueError: if frames are of another form, or the crop is larger than the resized picture.
+        """
+        _check_frames(frames)
+        resized = self._target_size(frames.shape[1:3])
+        final = resized if self.crop is None else _check_crop(_pair(self.crop), resized)
+        return _center(resize_uint8(frames.permute(0, 3, 1, 2), resized, self.resample), final).contiguous()
+
+    def normalise(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(T, 3, h, w) uint8 → the same normalised, of ``dtype``; computed in float32."""
+        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return ((pixels.float() / 255 - mean) / std).to(dtype)
+
+    def __call__(self, frames: Tensor, dtype: torch.dtype = torch.float32, *, batch_size: int = 32) -> Tensor:
+        """(T, H, W, 3) uint8 → (T, 3, h, w) normalised; ``batch_size`` frames at once, so only the result grows."""
+        _check_frames(frames)
+        pixels = None
+        for start in range(0, len(frames), batch_size):
+            part = self.normalise(self.resize(frames[start : start + batch_size]), dtype)
+            pixels = part.new_empty(len(frames), *part.shape[1:]) if pixels is None else pixels
+            pixels[start : start + batch_size] = part
+        return pixels
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """(h, w) of a resized frame; where the aspect is kept, that of one twice as long as wide."""
+        if self.shortest_edge and self.crop is None:
+            return self.size, 2 * self.size
+        return _pair(self.size if self.crop is None else self.crop)
+
+    def _target_size(self, shape: Sequence[int]) -> tuple[int, int]:
+        if not self.shortest_edge:
+            return _pair(self.size)
+        height, width = shape
+        if height <= width:
+            return self.size, int(self.size * width / height)
+        return int(self.size * height / width), self.size
 
 
 def resize_uint8(images: Tensor, size: tuple[int, int], resample: str = "bicubic") -> Tensor:
@@ -63,17 +103,6 @@ def resize_uint8(images: Tensor, size: tuple[int, int], resample: str = "bicubic
     # Pillow resizes rows first and rounds before the columns
     tall = interpolate(wide.round().clamp(0, 255), size, mode=resample, antialias=True)
     return tall.round().clamp(0, 255).to(torch.uint8)
-
-
-def _target_size(shape: Sequence[int], size: int | tuple[int, int], shortest_edge: bool) -> tuple[int, int]:
-    if not shortest_edge:
-        return _pair(size)
-    if not isinstance(size, int):
-        raise ValueError(f"with shortest_edge, size is one number (the shorter side's length), not {size!r}")
-    height, width = shape
-    if height <= width:
-        return size, int(size * width / height)
-    return int(size * height / width), size
 
 
 def _center(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -92,8 +121,8 @@ def _check_crop(crop: tuple[int, int], resized: tuple[int, int]) -> tuple[int, i
 
 
 def _check_frames(frames: Tensor) -> None:
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
+    if frames.ndim != 4 or not len(frames) or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
         raise ValueError(
-            f"frames must be (T, H, W, 3) uint8, not {tuple(frames.shape)} {frames.dtype}; "
+            f"frames must be (T, H, W, 3) uint8, T at least 1, not {tuple(frames.shape)} {frames.dtype}; "
             "decode to RGB bytes with the colour channel last"
         )

@@ -9,11 +9,14 @@ import inspect
 import json
 import os
 import platform
+import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import xcomp
 from xcomp.config import ConfigError, RunConfig
@@ -22,17 +25,99 @@ from xcomp.registry import nearest
 if TYPE_CHECKING:
     from lightning import Trainer
 
-SCHEMA = 1
+SCHEMA = 2
 _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "omegaconf", "decord", "av", "numpy")
-# What may change between a run and its continuation without changing a single record of it.
-_FREE_KEYS = ("output",)
+# What may change between a run and its continuation without changing what it computes, by command; with a key, all
+# that is below it. Tuning: what it does not read, and what leaves each step's mathematics alone.
+FREE_KEYS = {
+    "tune": (
+        *("arms", "batch_size", "benchmark", "frames", "generation", "limit", "selector"),
+        *("tune.gradient_checkpointing", "tune.num_workers", "tune.save_dtype", "tune.save_every", "tune.steps"),
+        *("tune.validation", "trainer.limit_val_batches", "trainer.num_sanity_val_steps"),
+        *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"),
+        *("trainer.enable_checkpointing", "trainer.default_root_dir", "trainer.max_time", "trainer.profiler"),
+        *("trainer.accelerator", "backbone.device"),
+    ),
+    "compare": ("batch_size", "trainer", "decoding", "memory", "tune"),
+    "evaluate": ("arms", "batch_size", "trainer", "decoding", "memory", "tune"),
+}
+# Options of components that say where something is computed and how much of it at once.
+FREE_OPTIONS = ("device", "clip_batch", "frame_batch", "batch_size")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write into that takes its place once it is whole and on the disk; before that, what was there stays."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a folder's entries on the disk, so that a power cut does not take a new name back."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:  # some network file systems have no such thing
+            pass
+        finally:
+            os.close(descriptor)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that it is either whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def hold_run(folder: Path) -> Iterator[None]:
+    """Keep every other process out of a run folder.
+
+    The folder is made if it is not there, and taken away again if nothing was put into it. The operating system ends
+    the hold with the process, however that ends.
+
+    Raises:
+        ConfigError: if another process holds it; the message says which one, and since when.
+    """
+    from filelock import FileLock, Timeout
+
+    made = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(folder / ".lock", mode=0o666), folder / ".holder.json"  # 666: for whoever may write there
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(f"run folder '{folder}' is in use by {_holder(holder)}") from error
+    try:
+        about = {"host": socket.gethostname(), "process": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        write_atomically(holder, json.dumps(about))
+        yield
+    finally:
+        with suppress(OSError):  # the folder itself may have been deleted
+            holder.unlink()
+            if made and [entry.name for entry in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()
+                for place in made:
+                    place.rmdir()
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {about['process']} on {about['host']} since {about['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has only just taken the folder, or lets go of it
+        return "another process"
 
 
 def open_run(config: RunConfig, command: str, **extra: Any) -> Path:
@@ -59,7 +144,17 @@ def open_run(config: RunConfig, command: str, **extra: Any) -> Path:
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(description, indent=1))
+    else:
+        note_run(folder, config=description["config"])  # with what may change
     return folder
+
+
+def note_run(folder: Path, **facts: Any) -> None:
+    """Add facts to a run's description, in place of those of the same name."""
+    path = folder / "run.json"
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if {**before, **facts} != before:
+        write_atomically(path, json.dumps({**before, **facts}, indent=1))
 
 
 def check_run(config: RunConfig, command: str) -> None:
@@ -86,15 +181,27 @@ def _check_same(path: Path, command: str, config: dict[str, Any]) -> None:
         raise ConfigError(f"'{path}' is not JSON ({error}); {way_out}") from error
     if not isinstance(before, dict) or not isinstance(before.get("config"), dict):
         raise ConfigError(f"'{path}' describes no run; {way_out}")
+    if before.get("schema") != SCHEMA:
+        raise ConfigError(
+            f"run folder '{path.parent}' was made by another version of xcomp (schema {before.get('schema')!r}, this "
+            f"one has {SCHEMA}); {way_out}"
+        )
     if before.get("kind") != command:
         raise ConfigError(f"run folder '{path.parent}' belongs to 'xcomp {before.get('kind')}'; {way_out}")
-    old, new = (_flat({k: v for k, v in c.items() if k not in _FREE_KEYS}) for c in (before["config"], config))
+    old, new = _flat(before["config"]), _flat(config)
     for key in sorted({*old, *new}):
-        if old.get(key) != new.get(key):
+        if old.get(key) != new.get(key) and not _is_free(key, command):
             raise ConfigError(
                 f"run folder '{path.parent}' belongs to a different config: {key} was {old.get(key)!r}, "
                 f"now {new.get(key)!r}; {way_out}"
             )
+
+
+def _is_free(key: str, command: str) -> bool:
+    free = ("output", *FREE_KEYS.get(command, ()))
+    if command in ("compare", "evaluate") and key.rpartition(".")[2] in FREE_OPTIONS:
+        return True
+    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in free)
 
 
 def make_trainer(given: Mapping[str, Any], **defaults: Any) -> Trainer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -98,7 +99,9 @@ def keep_slots(rule: str, counts: Sequence[int], tokens_per_frame: int, *, seed:
     check_names(rule=rule)
     plan: list[tuple[int, ...]] = []
     current = tuple(range(tokens_per_frame))
-    order = _uniform_removal(tokens_per_frame) if rule == "uniform" else _random_removal(tokens_per_frame, seed)
+    order: tuple[int, ...] = ()
+    if rule in ("uniform", "random"):
+        order = _uniform_removal(tokens_per_frame) if rule == "uniform" else _random_removal(tokens_per_frame, seed)
     for count in counts:
         if rule == "suffix":
             current = current[len(current) - count :]
@@ -120,11 +123,13 @@ def _last_of_group(slots: tuple[int, ...], count: int) -> tuple[int, ...]:
     return slots[len(slots) // count - 1 :: len(slots) // count]
 
 
-def _random_removal(tokens_per_frame: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).permutation(tokens_per_frame).tolist()
+@lru_cache(maxsize=64)
+def _random_removal(tokens_per_frame: int, seed: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).permutation(tokens_per_frame).tolist())
 
 
-def _uniform_removal(tokens_per_frame: int) -> list[int]:
+@lru_cache(maxsize=64)  # cubic in N, and asked for at every prefill
+def _uniform_removal(tokens_per_frame: int) -> tuple[int, ...]:
     """The order (0-based) in which slots leave so that the rest stays evenly spread; the last slot never leaves.
 
     Each time the slot goes whose removal leaves positions p_1 < … < p_n with the smallest sum over i < n of
@@ -139,4 +144,4 @@ def _uniform_removal(tokens_per_frame: int) -> list[int]:
             rest = left[:out] + left[out + 1 :]
             costs.append(sum((p - g) ** 2 for p, g in zip(rest, grid)))  # zip stops before p_n
         order.append(left.pop(costs.index(min(costs))) - 1)
-    return order
+    return tuple(order)

@@ -13,6 +13,9 @@ names the plugin and the clause it breaks. Shape letters are those of :mod:`xcom
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,34 +25,115 @@ from torch import Tensor
 
 from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.benchmark import LETTERS, Question
-from xcomp.compressor import Compressor, LayerOutput, check_plan
+from xcomp.compressor import Compressor, LayerOutput
+from xcomp.config import Decoding
 from xcomp.contract import (
     ContractError,
-    Watch,
     check_before_llm,
     check_chosen,
     check_encoded,
     check_keep,
-    check_pixels,
+    check_pixel_format,
+    check_plan,
     check_questions,
     check_scores,
-    same,
-    tensors_of,
+    require,
 )
 from xcomp.data.records import parse_record
 from xcomp.decoder import Decoder
+from xcomp.decoding import Pending, Pixels, VideoInfo
+from xcomp.inflight import VideoInFlight
 from xcomp.layout import TokenLayout
-from xcomp.registry import make_config
+from xcomp.pixels import PixelFormat
+from xcomp.registry import KINDS, make_config
+from xcomp.selector import FrameQuery, FrameSelector
 from xcomp.tiny import tiny_backbone
 
 QUESTION = "Which symbol appears first, after the red one? (A) cross (B) ring"
 PARTS = {"vision", "projector", "llm"}
-__all__ = ["ContractError", "check_backbone", "check_benchmark", "check_compressor", "check_selector", "tiny_backbone"]
+__all__ = [
+    "ContractError",
+    "check_backbone",
+    "check_benchmark",
+    "check_compressor",
+    "check_selector",
+    "tiny_backbone",
+    "video_of",
+]
 
 
 def _frames(count: int) -> Tensor:
     """(T, 48, 64, 3) uint8 noise, the same every time."""
     return torch.randint(0, 256, (count, 48, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+
+
+# --- A plugin under test ----------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """A plugin under test: whatever it does wrong is reported in its name."""
+
+    def __init__(self, kind: str, plugin: Any, options: dict[str, Any]):
+        contract = getattr(import_module(KINDS[kind][1]), KINDS[kind][2])
+        self.who = f"{kind} '{getattr(plugin, '__name__', type(plugin).__name__)}'"
+        if isinstance(plugin, type):
+            self.require(issubclass(plugin, contract), f"must be a subclass of {contract.__name__}")
+            has_config = dataclasses.is_dataclass(getattr(plugin, "Config", None))
+            self.require(has_config, "must have a Config dataclass with its options")
+            self.plugin = plugin(make_config(plugin.Config, options, self.who))
+        else:
+            self.plugin = plugin if isinstance(plugin, contract) else plugin(**options)
+        self.require(isinstance(self.plugin, contract), f"must be a {contract.__name__}")
+
+    def require(self, holds: Any, clause: str) -> None:
+        require(holds, self.who, clause)
+
+    @contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except ContractError:
+            raise
+        except NotImplementedError as error:
+            raise ContractError(f"{self.who}: {what} is missing: {error}") from error
+        except Exception as error:  # anything a plugin raises is its own
+            raise ContractError(f"{self.who}: {what} must not fail; {type(error).__name__}: {error}") from error
+
+    def call(self, method: str, *args: Any, times: int = 2, **kwargs: Any) -> Any:
+        """The method's result. It must not fail, write into what it is given, or differ from call to call."""
+        given = tensors_of([args, list(kwargs.values())])
+        before = [tensor.detach().clone() for tensor in given]
+        with self.guard(f"{method}()"):
+            results = [getattr(self.plugin, method)(*args, **kwargs) for _ in range(times)]
+        self.require(same(given, before), f"{method}() must leave its inputs as they are, but writes into them")
+        self.require(same(results[0], results[-1]), f"{method}() must give the same for the same inputs")
+        return results[0]
+
+    def require_close(self, ours: Tensor, theirs: Tensor, clause: str) -> None:
+        """Equal up to rounding: relative to the largest value, 1e-4 in float32 and 5e-2 in shorter types."""
+        error = (ours - theirs).abs().max().item() / max(theirs.abs().max().item(), 1e-30)
+        self.require(error < (1e-4 if ours.dtype == torch.float32 else 5e-2), f"{clause}; they differ by {error:.1e}")
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in nested lists and dataclasses."""
+    if dataclasses.is_dataclass(value):
+        value = list(vars(value).values())
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in tensors_of(item)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+    if dataclasses.is_dataclass(a) and type(a) is type(b):
+        return same(list(vars(a).values()), list(vars(b).values()))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
 
 
 def _check_passes(
@@ -101,12 +185,10 @@ def _check_vision(watch: Watch, backbone: Backbone) -> tuple[Tensor, Tensor]:
     clip, merged = backbone.clip_frames, backbone.merged_frames
     clause = f"merged_frames must be a whole number from 1 that divides clip_frames {clip}, not {merged}"
     watch.require(isinstance(merged, int) and merged >= 1 and clip % merged == 0, clause)
-    stats = [*getattr(backbone, "pixel_mean", ()), *getattr(backbone, "pixel_std", ())]
-    watch.require(len(stats) == 6 and min(stats[3:]) > 0, "pixel_mean and pixel_std must be 3 numbers each, std > 0")
+    check_pixel_format(watch.who, backbone)
     groups, width = clip // merged, backbone.text_config.hidden_size
     frames = _frames(2 * clip)
     pixels = watch.call("preprocess", frames)
-    check_pixels(watch.who, pixels, 2 * clip)
     watch.require_close(backbone.preprocess(frames[-1:]), pixels[-1:], "preprocess() must take each frame on its own")
     tokens, expected = watch.call("encode", pixels), (2 * groups, backbone.tokens_per_frame, width)
     check_encoded(watch.who, tokens, expected)
@@ -239,26 +321,76 @@ def _check_gradient(watch: Watch, backbone: Backbone, video: Tensor, prompt: Pro
 # --- Selectors --------------------------------------------------------------------------------------------------------
 
 
+class _GivenFrames:
+    """Takes the place of a pool of decoding processes: the video is a tensor of frames."""
+
+    workers = 0
+    options = Decoding(workers=0)
+
+    def __init__(self, frames: Tensor):
+        self.given = frames
+
+    def inspect(self, path: str) -> Pending:
+        count = len(self.given)
+        times = tuple(i / 2 for i in range(count))
+        info = VideoInfo(path, count, 2.0, count / 2, "given", "given", tuple(range(count)), times)
+        return Pending(path, 0, None, lambda: (info, 0.0))
+
+    def decode(self, path: str, frames: Sequence[int], formats: Sequence[PixelFormat]) -> Pending:
+        arrays = tuple(f.resize(self.given[list(frames)]).numpy() for f in formats)
+        return Pending(path, 0, None, lambda: Pixels(arrays, 0.0))
+
+
+def video_of(frames: Tensor, backbone: Backbone, **options: Any) -> VideoInFlight:
+    """A video in flight of given frames (T, H, W, 3) uint8, two a second, all of them candidates; no file is needed."""
+    return VideoInFlight("given frames", backbone, _GivenFrames(frames), **options)
+
+
 def check_selector(plugin: Any, *, backbone: Backbone | None = None, **options: Any) -> None:
-    """Scores of a short and a longer video, and the frames selected for budgets of all sizes."""
+    """Scores of a short and a longer video, alone and beside another question, and the frames for all budgets."""
     watch, backbone = Watch("selector", plugin, options), backbone or tiny_backbone()
     watch.plugin.eval()
     watch.require(isinstance(watch.plugin.uses_video, bool), "uses_video must be True or False")
     for clips in (1, 7):
-        pixels = backbone.preprocess(_frames(clips * backbone.clip_frames))
-        prompt = backbone.prompt(QUESTION, ShownVideo(float(len(pixels)), len(pixels)))
-        parts = (prompt.prefix_ids, prompt.question_ids, prompt.header_ids)
-        scores = watch.call("score_frames", backbone, pixels, *parts, compressor=Compressor(None), question=QUESTION)
-        check_scores(watch.who, scores, len(pixels))
-        watch.require(not scores.requires_grad, "score_frames() must run without a gradient")
-        for values in (scores, torch.arange(len(pixels)).float(), torch.zeros(len(pixels))):
-            for budget in (1, max(1, len(pixels) // 2), len(pixels), len(pixels) + 3):
-                check_chosen(watch.who, watch.call("select", values, budget), len(pixels), budget)
+        num_frames = clips * backbone.clip_frames
+        scores = torch.zeros(num_frames)
+        if watch.plugin.uses_video:
+            scores = _check_scores(watch, backbone, num_frames)
+        for values in (scores, torch.arange(num_frames).float(), torch.zeros(num_frames)):
+            for budget in (1, max(1, num_frames // 2), num_frames, num_frames + 3):
+                check_chosen(watch.who, watch.call("select", values, budget), num_frames, budget)
     try:
         watch.plugin.select(torch.zeros(4), 0)
     except ValueError:
         return
     watch.require(False, "select() must refuse a budget of 0 with a ValueError")
+
+
+def _check_scores(watch: Watch, backbone: Backbone, num_frames: int) -> Tensor:
+    """(T,): the scores of noise for a question."""
+    shown = ShownVideo(num_frames / 2, num_frames)
+    queries = [FrameQuery(text, backbone.prompt(text, shown)) for text in (QUESTION, "Where is the blue arch?")]
+    prompt = queries[0].prompt
+    if type(watch.plugin).score is FrameSelector.score:
+        pixels = backbone.preprocess(_frames(num_frames))
+        parts = (prompt.prefix_ids, prompt.question_ids, prompt.header_ids)
+        scores = watch.call("score_frames", backbone, pixels, *parts, compressor=Compressor(None), question=QUESTION)
+        check_scores(watch.who, scores, num_frames)
+        watch.require(not scores.requires_grad, "score_frames() must run without a gradient")
+    results = []
+    for asked in (queries, queries[:1], queries):
+        with watch.guard("score()"), video_of(_frames(num_frames), backbone) as video:
+            found = watch.plugin.score(video, asked, Compressor(None))
+        right = isinstance(found, list) and len(found) == len(asked)
+        watch.require(right, f"score() must return a list with the scores of each question, {len(asked)} here")
+        for scores in found:
+            check_scores(watch.who, scores, num_frames)
+            watch.require(not scores.requires_grad, "score() must run without a gradient")
+        results.append(found)
+    watch.require(same(results[0], results[2]), "score() must give the same for the same inputs")
+    clause = "score() must give a question what it gives it alone, whatever else is asked"
+    watch.require_close(results[0][0], results[1][0], clause)
+    return results[0][0]
 
 
 # --- Benchmarks -------------------------------------------------------------------------------------------------------

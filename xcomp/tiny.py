@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
 
 from xcomp.backbone import Backbone, Prompt, ShownVideo
+from xcomp.pixels import PixelFormat
 
 FAMILIES = {name.lower(): (f"{name}Config", f"{name}Model") for name in ("Qwen2", "Qwen3", "Llama", "Mistral")}
 
@@ -35,7 +35,7 @@ class TinyBackbone(Backbone):
     """A random language model of the Llama family; a frame's N tokens are linear in its 2×2 pixels."""
 
     clip_frames = 2
-    pixel_mean, pixel_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    pixel_format = PixelFormat(2, resample="bilinear")
 
     @dataclass
     class Config:
@@ -60,9 +60,6 @@ class TinyBackbone(Backbone):
         # transformers starts biases at 0 and norms at 1; random ones make a wrong layer visible.
         for parameter in self.parameters():
             parameter.data.add_(0.1 * torch.randn_like(parameter))
-
-    def preprocess(self, frames: Tensor) -> Tensor:
-        return adaptive_avg_pool2d(frames.permute(0, 3, 1, 2).float() / 255, 2)
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.projector(pixels.flatten(1)).unflatten(-1, (self.tokens_per_frame, 32))

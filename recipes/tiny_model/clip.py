@@ -18,7 +18,7 @@ from torch.nn.functional import log_softmax, normalize
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
 from xcomp.benchmarks.needle import Needle, make_spec, render
-from xcomp.pixels import preprocess_frames
+from xcomp.pixels import PixelFormat
 
 SIZE, PATCH, STEPS, BATCH, RATE, SEED = 40, 8, 1500, 128, 1e-3, 11
 NUM_VIDEOS, POOL = 600, 24  # videos, frames of each
@@ -91,7 +91,7 @@ def main(tokenizer_folder: str, folder: Path) -> None:
     tokenizer = clip_tokenizer(tokenizer_folder)
     frames, symbols = frames_and_symbols()
     mean, std = CLIPImageProcessorPil().image_mean, CLIPImageProcessorPil().image_std
-    pixels = preprocess_frames(frames, SIZE, mean, std)
+    pixels = PixelFormat(SIZE, mean, std)(frames)
     shown = [i for i, s in enumerate(symbols) if s]
     model = make_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)

@@ -17,7 +17,7 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
 )
-from xcomp.backbones.llava_next_video import FORMATS, LlavaNextVideo, model_config, pixel_rules, tokens_per_frame
+from xcomp.backbones.llava_next_video import FORMATS, LlavaNextVideo, model_config, pixel_format, tokens_per_frame
 
 import xcomp
 from xcomp.backbone import ShownVideo
@@ -178,7 +178,7 @@ def test_round_trip(kind, size, tied, words, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert (again.lm_head.weight is again.language_model.embed_tokens.weight) == tied
     assert torch.equal(again.prompt("Why?", SHOWN).suffix_ids, model.prompt("Why?", SHOWN).suffix_ids)
-    assert again.rules == model.rules and again.stop_ids == model.stop_ids
+    assert again.pixel_format == model.pixel_format and again.stop_ids == model.stop_ids
     assert KINDS[kind].from_pretrained(tmp_path / "m", output_loading_info=True)[1]["missing_keys"] == set()
 
 
@@ -483,7 +483,7 @@ def test_pixels_are_those_of_transformers_processor(numbers, shape, sound, tmp_p
     theirs = CLIPImageProcessorPil(**numbers)(images=list(frames.numpy()), return_tensors="np")["pixel_values"]
     theirs, ours = torch.tensor(np.stack(theirs)), model.preprocess(frames)
     assert ours.shape == theirs.shape == (3, 3, 48, 48) and ours.dtype == torch.float32
-    levels = (ours - theirs).abs() * torch.tensor(model.pixel_std).view(3, 1, 1) * 255
+    levels = (ours - theirs).abs() * torch.tensor(model.pixel_format.std).view(3, 1, 1) * 255
     assert levels.mean() < 0.05 and levels.max() < 2.01
 
 
@@ -494,14 +494,14 @@ def test_numbers_are_looked_for_as_transformers_does(sound, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(plain | {"image_mean": [0.1] * 3}))
     (tmp_path / NUMBERS).write_text(json.dumps(plain | {"image_mean": [0.2] * 3}))
     (tmp_path / "processor_config.json").write_text(json.dumps({"patch_size": 8}))
-    assert load(tmp_path).pixel_mean == pytest.approx((0.2,) * 3)
+    assert load(tmp_path).pixel_format.mean == pytest.approx((0.2,) * 3)
     nested = {"video_processor": plain | {"image_mean": [0.3] * 3}}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
-    assert load(tmp_path).pixel_mean == pytest.approx((0.3,) * 3)
+    assert load(tmp_path).pixel_format.mean == pytest.approx((0.3,) * 3)
     (tmp_path / "processor_config.json").unlink()
     (tmp_path / NUMBERS).unlink()
-    assert load(tmp_path).pixel_mean == pytest.approx((0.1,) * 3)
+    assert load(tmp_path).pixel_format.mean == pytest.approx((0.1,) * 3)
     (tmp_path / "preprocessor_config.json").unlink()
-    rules = load(tmp_path).rules
-    assert rules == pixel_rules({"size": {"shortest_edge": 48}, "crop_size": 48, "resample": None}, 48)
+    rules = load(tmp_path).pixel_format
+    assert rules == pixel_format({"size": {"shortest_edge": 48}, "crop_size": 48, "resample": None}, 48)
     assert rules.mean[0] == pytest.approx(0.48145466)

@@ -76,7 +76,7 @@ def as_transformers_takes_it(model: Qwen25VL, prompt, pixels: torch.Tensor) -> d
         "attention_mask": torch.ones_like(ids),
         "pixel_values_videos": slow_patches(pixels),
         "video_grid_thw": torch.tensor([[len(pixels) // 2, pixels.shape[2] // 4, pixels.shape[3] // 4]]),
-        "second_per_grid_ts": torch.tensor([model.shown["second_per_grid"]]),
+        "second_per_grid_ts": torch.tensor([model.frame_options["second_per_grid"]]),
         "mm_token_type_ids": 2 * (ids == VIDEO_ID).int(),
     }
 
@@ -268,7 +268,9 @@ def slow_prefill(model, tokens, prefix, suffix, keep_at) -> torch.Tensor:
     hidden = torch.cat([model.embed(prefix), tokens.flatten(0, 1), model.embed(suffix)])[None]
     width, visual = hidden.shape[1], torch.zeros(hidden.shape[1], dtype=torch.bool)
     visual[len(prefix) : len(prefix) + tokens.shape[0] * tokens.shape[1]] = True
-    expected = theirs_of(model, len(prefix), len(tokens), len(suffix), model.grid, [model.shown["second_per_grid"]])
+    expected = theirs_of(
+        model, len(prefix), len(tokens), len(suffix), model.grid, [model.frame_options["second_per_grid"]]
+    )
     tables = layers.rotary_emb(hidden, expected)
     kept = torch.ones(width, dtype=torch.bool)
     for number, layer in enumerate(layers.layers):
@@ -471,8 +473,11 @@ def test_round_trip(tied, words, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert (again.lm_head.weight is again.language_model.embed_tokens.weight) == tied
     assert torch.equal(again.prompt("Why?", SHOWN).suffix_ids, model.prompt("Why?", SHOWN).suffix_ids)
-    assert again.shown == model.shown == {**SIZE, "second_per_grid": 2.5} and again.stop_ids == model.stop_ids
-    assert again.pixel_mean == model.pixel_mean and again.interval == 5.0
+    assert (
+        again.frame_options == model.frame_options == {**SIZE, "second_per_grid": 2.5}
+        and again.stop_ids == model.stop_ids
+    )
+    assert again.pixel_format.mean == model.pixel_format.mean and again.interval == 5.0
     other = load(tmp_path / "m", height=8, second_per_grid=1.0)
     assert other.grid == (1, 4) and other.interval == 2.0
     info = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "m", output_loading_info=True)[1]
@@ -756,8 +761,8 @@ def test_pixels_are_those_of_transformers_processor(numbers, sound, tmp_path):
     theirs = Qwen2VLImageProcessorPil(**released)(images=[frame[0].numpy()], return_tensors="np")
     assert theirs["image_grid_thw"].tolist() == [[1, 6, 8]]
     ours = flatten_patches(model.preprocess(frame).repeat(2, 1, 1, 1)[None], 4, 2)
-    deviation = torch.tensor(model.pixel_std).repeat_interleave(2 * 4 * 4) * 255
+    deviation = torch.tensor(model.pixel_format.std).repeat_interleave(2 * 4 * 4) * 255
     levels = (ours - torch.tensor(np.asarray(theirs["pixel_values"]))).abs() * deviation
     assert levels.mean() < 0.05 and levels.max() < 2.01
     model.save_pretrained(tmp_path / "again")
-    assert load(tmp_path / "again").pixel_mean == model.pixel_mean
+    assert load(tmp_path / "again").pixel_format.mean == model.pixel_format.mean

@@ -20,7 +20,7 @@ from xcomp.backbones import videochat_flash as vcf
 from xcomp.backbones.videochat_flash import VideoChatFlash, merge_schedule, merge_tokens, position_table
 
 from xcomp.backbone import ShownVideo
-from xcomp.pixels import preprocess_frames, resize_uint8
+from xcomp.pixels import PixelFormat, resize_uint8
 
 GOLDEN = Path(os.environ.get("XCOMP_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden"))
 TINY = {
@@ -658,16 +658,16 @@ def test_preprocess():
     ours = model.preprocess(frames)
     assert ours.shape == (5, 3, 40, 40) and ours.dtype == torch.float32
     assert ((ours - theirs).abs().mean(dim=(0, 2, 3)) * std).max() < 1 / 255 / 20
-    batched = preprocess_frames(frames, 40, mean.tolist(), std.tolist(), batch_size=2)
+    batched = PixelFormat(40, mean.tolist(), std.tolist())(frames, batch_size=2)
     assert torch.equal(batched, ours)
 
 
 def test_shortest_edge_and_crop():
     frames = picture(2, 60, 100)
     resized = pillow(frames, (30, 50))[:, 3:27, 13:37]
-    ours = preprocess_frames(frames, 30, (0, 0, 0), (1, 1, 1), shortest_edge=True, crop=24) * 255
+    ours = PixelFormat(30, shortest_edge=True, crop=24)(frames) * 255
     assert (ours - resized.permute(0, 3, 1, 2)).abs().mean() < 0.05
-    tall = preprocess_frames(frames.transpose(1, 2), 30, (0, 0, 0), (1, 1, 1), shortest_edge=True)
+    tall = PixelFormat(30, shortest_edge=True)(frames.transpose(1, 2))
     assert tall.shape == (2, 3, 50, 30)
 
 
@@ -681,7 +681,7 @@ def test_shortest_edge_and_crop():
 )
 def test_pixels_are_checked(frames, options, message):
     with pytest.raises(ValueError, match=message):
-        preprocess_frames(frames, 8, (0, 0, 0), (1, 1, 1), **options)
+        PixelFormat(8, **options)(frames)
 
 
 # --- recorded vectors -------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_files_are_h264(tmp_path: Path) -> None:
         keys = [packet.pts for packet in container.demux(stream) if packet.size and packet.is_keyframe]
         assert len(keys) >= 3  # of 48 frames
     with Video(benchmark.path(0)) as video:
-        assert (video.num_frames, video.fps, video.reader) == (48, 8.0, "decord")
+        assert (video.num_frames, video.fps, video.reader) == (48, 8.0, "av")
         assert video.frames([0]).shape == (1, 96, 96, 3)
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from xcomp.compare import plots
-from xcomp.compare.plots import Arm
+from xcomp.compare.plots import Legend
 from xcomp.compare.report import analyse, markdown_table, read_run, table, write_report
 
 ARMS = [("uniform", "none"), ("uniform", "lp_comp"), ("qc_comp", "lp_comp")]
@@ -37,9 +37,11 @@ def make_record(arm, video, question, *, selector, compressor, frames, correct):
         "tokens_in": tokens[0],
         "tokens_out": tokens[-1],
         "tokens_per_layer": tokens,
-        "macs": 1_500_000_000 * frames,
-        "seconds": 1.0 + video,
-        "seconds_select": 0.25,
+        "macs": {"vision": 500_000_000 * frames, "prefill": 1_000_000_000 * frames},
+        "seconds": {"vision": 0.5, "prefill": 0.5 + video},
+        "seconds_amortised": {"vision": 0.125, "prefill": 0.25},
+        "seconds_waiting": 0.0,
+        "peak_memory": {"host": 2_000_000_000 + video},
         "scores": [math.exp(-((t - 6) ** 2)) for t in candidates] if selector == "qc_comp" else None,
         "candidate_times": candidates if selector == "qc_comp" else None,
         "error": None,
@@ -61,7 +63,7 @@ def make_run(budgets=(4, 8), methods=ARMS, videos=5):
                 for question in range(2)
             ]
     run = {
-        "schema": 1,
+        "schema": 2,
         "name": "toy",
         "config": {"seed": 3, "arms": arms},
         "versions": {"torch": "2.9.9"},
@@ -126,13 +128,15 @@ def test_results_are_typed_and_complete(tmp_path):
     run, records = make_run()
     write_report(write_run(tmp_path, run, records))
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert results["schema"] == 1
+    assert results["schema"] == 2
     assert [arm["name"] for arm in results["arms"]] == [arm["name"] for arm in run["arms"]]
     first = results["arms"][0]
     assert first["selector"] == "uniform"
     assert first["summary"]["accuracy"]["value"] == 0.4
-    assert first["summary"]["seconds_median"] == 3.0
-    assert (first["summary"]["macs"], first["summary"]["num_frames"]) == (6e9, 4)
+    assert first["summary"]["seconds"] == {"vision": 0.5, "prefill": 2.5}
+    assert first["summary"]["seconds_amortised"] == {"vision": 0.125, "prefill": 0.25}
+    assert first["summary"]["macs"] == {"vision": 2e9, "prefill": 4e9} and first["summary"]["num_frames"] == 4
+    assert first["summary"]["peak_memory"] == {"host": 2_000_000_004}
     assert results["metrics"]["accuracy"]["direction"] == "higher"
     assert set(results["metrics"]) <= set(first["summary"])
     assert [pair["a"] for pair in results["paired"]] == [arm["name"] for arm in run["arms"][1:]]
@@ -178,7 +182,7 @@ def test_nothing_but_errors_still_reports_and_drops_old_pictures(tmp_path):
     write_run(tmp_path, run, [record | failed for record in records])
     write_report(tmp_path)
     assert written(tmp_path) == {"accuracy.png", "results.json", "report.html"}
-    assert json.loads((tmp_path / "results.json").read_text())["arms"][0]["summary"]["macs"] is None
+    assert json.loads((tmp_path / "results.json").read_text())["arms"][0]["summary"]["macs"] == {}
 
 
 def test_arms_without_common_questions_are_named(tmp_path):
@@ -195,10 +199,11 @@ def test_arms_without_common_questions_are_named(tmp_path):
     ("change", "message"),
     [
         (lambda folder: (folder / "run.json").unlink(), "run.json is missing"),
-        (lambda folder: (folder / "records.jsonl").unlink(), "records.jsonl is missing"),
+        (lambda folder: (folder / "records.jsonl").unlink(), "has no records"),
         (lambda folder: (folder / "records.jsonl").write_text("\n"), "has no records"),
-        (lambda folder: (folder / "records.jsonl").write_text('{}\n{"arm": "a'), "line 2, is not JSON"),
-        (lambda folder: (folder / "run.json").write_text('{"schema": 9}'), "has schema 9; this version reads 1"),
+        (lambda folder: (folder / "records.jsonl").write_text('{}\n{"arm": "a'), "line 1, is no record"),
+        (lambda folder: (folder / "records.jsonl").write_text('{"arm": "a\n'), "line 1, is not JSON"),
+        (lambda folder: (folder / "run.json").write_text('{"schema": 9}'), "has schema 9; this version reads 2"),
     ],
 )
 def test_damaged_runs_are_refused_in_one_line(tmp_path, change, message):
@@ -236,7 +241,7 @@ def test_tables_for_terminal_and_markdown():
     assert lines[0].startswith("| arm | frames | accuracy %")
     assert lines[1] == "| :-- | --: | --: | --: | --: | --: |"
     assert lines[4].startswith("| uniform+lp_comp@4 | 4 | 60.0 (")
-    assert lines[4].endswith(" | 16 → 4 | 6.00 | 3.00 |")
+    assert lines[4].endswith(" | 16 → 4 | 6.00 | 3.00 (0.375) |")
     for text in ("GMACs", "16 → 4", "60.0 (", "12.0", "uniform+none@4"):
         assert text in shown
         assert text in "\n".join(lines)
@@ -260,7 +265,7 @@ def test_read_run_keeps_line_separators_inside_strings(tmp_path):
     records[0]["text"] = "one\u2028two\x85three"
     lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     write_run(tmp_path, run, [])
-    (tmp_path / "records.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "records.jsonl").write_text(lines + "\n", encoding="utf-8")
     assert read_run(tmp_path)[1] == records
 
 
@@ -342,4 +347,4 @@ def test_selection_plot_of_a_long_video_with_gaps_in_its_scores():
     ],
 )
 def test_parts_with_options_have_their_own_label(part, label):
-    assert Arm.from_dict({"name": "a", "compressor": part}).compressor == label
+    assert Legend.from_dict({"name": "a", "compressor": part}).compressor == label

@@ -8,10 +8,11 @@ import xcomp
 from xcomp.cli import main
 from xcomp.compare import runner
 from xcomp.compare.arms import resolve_arms
+from xcomp.compare.records import read_records
 from xcomp.compare.report import read_run
-from xcomp.compare.runner import compare, evaluate, read_records
+from xcomp.compare.runner import compare, evaluate
 from xcomp.compare.statistics import summarise
-from xcomp.config import ConfigError, parse_config
+from xcomp.config import ConfigError, build_component, parse_config
 
 ARMS = [
     {"name": "whole", "compressor": "none", "frames": 8},
@@ -35,7 +36,7 @@ class Mixed(Benchmark):
         broken = [Question("broken", self.config.broken, "What?", ("red", "blue"), 0)]
         return broken if self.config.only_broken else [*broken, needle[0], needle[5]]
 """
-TIMINGS = ("seconds", "seconds_select")
+TIMINGS = ("seconds", "seconds_amortised", "seconds_waiting", "peak_memory")
 
 
 def untimed(record):
@@ -77,10 +78,15 @@ def test_every_arm_answers_every_question_once(make, needle_videos, capsys):
         assert record["video"] == question.video and record["answer"] == question.answer and record["error"] is None
         assert record["correct"] == (record["prediction"] == question.answer)
         assert record["events"] == [list(span) for span in question.events]
-        assert record["seconds"] >= record["seconds_select"] >= 0 and record["macs"] > 0
+        stages = {"decode", "vision", "select", "prefill", "answer"}
+        assert record["macs"].keys() == record["seconds"].keys() == record["seconds_amortised"].keys() == stages
+        assert all(record["seconds"][s] >= record["seconds_amortised"][s] >= 0 for s in stages)
+        assert all(record["macs"][stage] > 0 for stage in ("vision", "prefill", "answer"))
+        assert (record["macs"]["select"] > 0) == (record["seconds"]["select"] > 0) == (record["arm"] == "half")
+        assert record["peak_memory"]["host"] > 1e8
     first, second = records[0], records[-1]
     assert first["num_frames"] == 8 and first["tokens_per_layer"] == [8 * 16] * 2 and first["scores"] is None
-    assert second["num_frames"] == 4 and second["tokens_in"] == 4 * 16 and second["tokens_per_layer"] == [4 * 8] * 2
+    assert second["num_frames"] == 4 and second["tokens_in"] == 4 * 8 and second["tokens_per_layer"] == [4 * 8] * 2
     assert len(second["scores"]) == len(second["candidate_times"]) == 8
     assert {p.name for p in folder.iterdir()} >= {"run.json", "results.json", "report.html", "accuracy.png"}
     out = capsys.readouterr().out
@@ -110,12 +116,14 @@ def test_evaluate_is_one_arm_and_takes_no_notice_of_others(make):
         compare(make())
 
 
-def test_arms_that_name_the_same_backbone_share_it(make, tiny_checkpoint):
+def test_arms_that_name_the_same_backbone_share_it(make, tiny_checkpoint, monkeypatch):
     other = {"name": "videochat_flash", "checkpoint": str(tiny_checkpoint), "clip_batch": 2}
     config = make(arms=[*ARMS, {"name": "other", "backbone": other}])
-    models = runner._Models(config)
-    first, second, third = (models.build(arm).backbone for arm in resolve_arms(config))
-    assert first is second and third is not first and third.config.clip_batch == 2
+    built = []
+    monkeypatch.setattr(runner, "build_component", lambda kind, *a: built.append(kind) or build_component(kind, *a))
+    compare(config)
+    assert built.count("backbone") == 3  # the first group's, the other's once to check it and once to ask
+    assert len(read(config.folder)) == 9
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
@@ -137,18 +145,19 @@ def test_a_cut_file_is_completed_without_gaps_or_doubles(make, lines, more):
 def test_a_finished_run_asks_nothing(make, monkeypatch):
     folder = compare(make())
     before = (folder / "records.jsonl").read_bytes()
-    monkeypatch.setattr(runner, "run_arm", lambda *_: pytest.fail("a question was asked"))
+    monkeypatch.setattr(runner.Answerer, "answer", lambda *_: pytest.fail("a question was asked"))
     (folder / "report.html").unlink()
     compare(make())
     assert (folder / "records.jsonl").read_bytes() == before and (folder / "report.html").is_file()
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path):
-    path = tmp_path / "records.jsonl"
-    path.write_text('{"arm": "a"}\nnonsense\n{"arm": "b"}\n')
-    with pytest.raises(ConfigError, match="records.jsonl' holds a line that is not JSON"):
-        read_records(path)
-    assert read_records(tmp_path / "nothing.jsonl") == []
+    line = json.dumps({"arm": "a", "question_id": "q", "video": "v", "correct": True, "error": None})
+    for wrong, what in (("nonsense", "is not JSON"), ('{"arm": "b"}', "is no record"), ("[]", "is no record")):
+        (tmp_path / "records.jsonl").write_text(f"{line}\n{wrong}\n{line}\n")
+        with pytest.raises(ConfigError, match=f"records.jsonl', line 2, {what}"):
+            read_records(tmp_path)
+    assert read_records(tmp_path / "nothing") == []
 
 
 # --- broken videos ----------------------------------------------------------------------------------------------------
@@ -168,9 +177,11 @@ def test_a_broken_video_is_an_error_record_and_counts_as_wrong(make, broken, cap
     assert "2 questions could not be asked" in capsys.readouterr().out
 
 
-def test_a_run_on_broken_videos_only_still_ends_in_a_report(make, broken):
+def test_a_run_on_broken_videos_only_ends_in_a_report_and_an_error(make, broken):
     broken["benchmark"]["only_broken"] = True
-    folder = compare(make(**broken))
+    folder = make(**broken).folder
+    with pytest.raises(ConfigError, match="no question could be asked; the first: .*broken.mp4: not a readable video"):
+        compare(make(**broken))
     assert [r["error"] is None for r in read(folder)] == [False, False] and (folder / "report.html").is_file()
 
 

@@ -14,7 +14,8 @@ from xcomp.compare.statistics import accuracy, cluster_interval, holm, mcnemar, 
 def record(arm, question, video, correct, **fields):
     defaults = {
         "category": "plot", "answer": 1, "prediction": 1 if correct else 0, "num_frames": 8, "tokens_in": 128,
-        "tokens_out": 8, "macs": 1000, "seconds": 2.0, "seconds_select": 0.5, "error": None,
+        "tokens_out": 8, "macs": {"vision": 1000}, "seconds": {"vision": 2.0}, "seconds_amortised": {"vision": 0.5},
+        "peak_memory": {"host": 7, "device": None}, "error": None,
     }  # fmt: skip
     return {"arm": arm, "question_id": question, "video": video, "correct": correct, **defaults, **fields}
 
@@ -143,18 +144,20 @@ def test_paired_refuses_what_cannot_be_compared():
 
 
 def test_summary_counts_errors_as_wrong_and_leaves_them_out_of_costs():
-    failed = {"error": "cannot decode", "prediction": None, "macs": None, "seconds": 99.0, "num_frames": 0}
+    failed = {"error": "cannot decode", "prediction": None, "macs": None, "seconds": {"vision": 99.0}, "num_frames": 0}
     records = [
-        record("b", "q1", "v1", True, macs=10, seconds=1.0),
-        record("b", "q2", "v2", True, macs=30, seconds=2.0, category="order"),
-        record("b", "q3", "v3", False, macs=20, seconds=6.0, prediction=None),
+        record("b", "q1", "v1", True, macs={"vision": 10}, seconds={"vision": 0.5, "answer": 0.5}),
+        record("b", "q2", "v2", True, macs={"vision": 30}, seconds={"vision": 2.0, "answer": 0.0}, category="order"),
+        record("b", "q3", "v3", False, macs={"vision": 20}, seconds={"vision": 3.5, "answer": 2.5}, prediction=None),
         record("b", "q4", "v4", True, **failed),  # claims to be right: an error never is
         record("a", "q1", "v1", False),
     ]
     first, second = summarise(records)
     assert (first.arm, second.arm) == ("b", "a")
     assert (first.accuracy.correct, first.accuracy.n, first.errors, first.unanswered) == (2, 4, 1, 1)
-    assert (first.macs, first.seconds_mean, first.seconds_median, first.num_frames) == (20, 3, 2, 8)
+    assert (first.macs, first.total_macs, first.num_frames) == ({"vision": 20}, 20, 8)
+    assert (first.seconds, first.total_seconds) == ({"vision": 2, "answer": 1}, 3)
+    assert (first.seconds_amortised, first.peak_memory) == ({"vision": 0.5}, {"host": 7})
     assert first.seconds_quartiles == (1.5, 4.0)
     assert {name: (c.correct, c.n) for name, c in first.categories.items()} == {"order": (1, 1), "plot": (1, 3)}
 
@@ -162,8 +165,7 @@ def test_summary_counts_errors_as_wrong_and_leaves_them_out_of_costs():
 def test_summary_of_an_arm_that_never_ran():
     (summary,) = summarise([record("a", "q1", "v1", False, error="no memory")])
     assert summary.accuracy.value == 0
-    assert math.isnan(summary.macs)
-    assert math.isnan(summary.seconds_median)
+    assert math.isnan(summary.total_macs) and math.isnan(summary.total_seconds) and summary.peak_memory == {}
 
 
 def test_summary_refuses_no_records_and_repeated_questions():

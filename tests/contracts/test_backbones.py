@@ -30,8 +30,8 @@ def test_the_tiny_backbone_keeps_it_too(family):
 # --- broken in one way each -------------------------------------------------------------------------------------------
 
 
-class NoPreprocess(TinyBackbone):
-    preprocess = Backbone.preprocess
+class NoPixelFormat(TinyBackbone):
+    pixel_format = None
 
 
 class NoFollowUp(TinyBackbone):
@@ -52,26 +52,9 @@ class HalfAClip(TinyBackbone):
     clip_frames = 0.5
 
 
-class NoStatistics(TinyBackbone):
-    pixel_std = (1.0, 0.0, 1.0)
-
-
-class ChannelsLast(TinyBackbone):
+class PixelsOfItsOwn(TinyBackbone):
     def preprocess(self, frames):
-        return frames.float()
-
-
-class ScalesByTheVideo(TinyBackbone):
-    def preprocess(self, frames):
-        pixels = super().preprocess(frames)
-        return pixels / pixels.amax()
-
-
-class WritesIntoFrames(TinyBackbone):
-    def preprocess(self, frames):
-        pixels = super().preprocess(frames)
-        frames.zero_()
-        return pixels
+        return super().preprocess(frames) / 2
 
 
 class OneTokenLess(TinyBackbone):
@@ -176,15 +159,12 @@ class CannotSave(LosesWeights):
 
 
 BROKEN = {
-    NoPreprocess: r"preprocess\(\) is missing",
+    NoPixelFormat: "pixel_format must be a PixelFormat, not None",
+    PixelsOfItsOwn: r"preprocess\(\) follows from pixel_format and must not be overridden",
     NoFollowUp: r"follow_up\(\) is missing",
     NoConfig: "must have a Config dataclass",
     NoTokens: "tokens_per_frame must be a whole number from 1, not 0",
     HalfAClip: "clip_frames must be a whole number from 1, not 0.5",
-    NoStatistics: "pixel_mean and pixel_std",
-    ChannelsLast: r"preprocess\(\) must return float \(T, 3, h, w\), not torch.float32 \(4, 48, 64, 3\)",
-    ScalesByTheVideo: r"preprocess\(\) must take each frame on its own; they differ by",
-    WritesIntoFrames: r"preprocess\(\) must leave its inputs as they are",
     OneTokenLess: r"encode\(\) must return \(T, N, D\) = \(4, 8, 32\), not \(4, 7, 32\)",
     OtherType: r"encode\(\) must return finite torch.float32, .* not torch.float64",
     NotFinite: r"encode\(\) must return finite",

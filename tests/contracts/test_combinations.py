@@ -13,6 +13,8 @@ from xcomp.backbone import ShownVideo
 from xcomp.compare.runner import compare
 from xcomp.config import parse_config
 from xcomp.contract import check_chosen, check_scores
+from xcomp.selector import FrameQuery
+from xcomp.testing import video_of
 
 QUESTION = "Which symbol appears first, after the red one? (A) cross (B) ring"
 CLIPS = (2, 5)  # a video's length in clips of the backbone
@@ -27,12 +29,12 @@ def backbones(tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def videos(backbones):
-    """Pixels of a short and a longer video, for each backbone."""
+    """Frames (T, H, W, 3) of a short and a longer video, for each backbone."""
     noise = torch.Generator().manual_seed(0)
 
     def pixels(backbone, clips):
         frames = torch.randint(0, 256, (clips * backbone.clip_frames, 40, 56, 3), dtype=torch.uint8, generator=noise)
-        return backbone.preprocess(frames)
+        return frames
 
     return {name: [pixels(backbone, clips) for clips in CLIPS] for name, backbone in backbones.items()}
 
@@ -49,7 +51,10 @@ def selectors(tmp_path_factory):
 def test_every_backbone_answers_under_every_compressor(backbone, compressor, backbones, videos):
     """Alone, as a batch, and from a stored video where the rule does not need the question."""
     model, rule = backbones[backbone], xcomp.load_compressor(compressor)
-    decoder, tokens = xcomp.Decoder(model, rule), [model.encode(pixels) for pixels in videos[backbone]]
+    decoder, tokens = (
+        xcomp.Decoder(model, rule),
+        [model.encode(model.preprocess(frames)) for frames in videos[backbone]],
+    )
     prompts = [model.prompt(text, ShownVideo(4.0, len(pixels))) for text, pixels in zip(("Why?", QUESTION), tokens)]
     before, after = [p.prefix_ids for p in prompts], [p.suffix_ids for p in prompts]
     batch = decoder.prefill(tokens, before, after)
@@ -71,16 +76,19 @@ def test_every_backbone_answers_under_every_compressor(backbone, compressor, bac
 @torch.no_grad()
 def test_every_selector_picks_frames_for_every_pair(backbone, compressor, selector, backbones, videos, selectors):
     model, rule, chooser = backbones[backbone], xcomp.load_compressor(compressor), selectors[selector]
-    for pixels in videos[backbone]:
-        scores = torch.zeros(len(pixels))
+    for frames in videos[backbone]:
+        scores = torch.zeros(len(frames))
         if chooser.uses_video:
-            prompt = model.prompt(QUESTION, ShownVideo(4.0, len(pixels)))
-            parts = (prompt.prefix_ids, prompt.question_ids, prompt.header_ids)
-            scores = chooser.score_frames(model, pixels, *parts, compressor=rule, question=QUESTION)
-            check_scores(selector, scores, len(pixels))
+            queries = [
+                FrameQuery(text, model.prompt(text, ShownVideo(4.0, len(frames)))) for text in (QUESTION, "Why?")
+            ]
+            with video_of(frames, model) as video:
+                found = chooser.score(video, queries, rule)
+            for scores in found:
+                check_scores(selector, scores, len(frames))
         chosen = chooser.select(scores, model.clip_frames)
-        check_chosen(selector, chosen, len(pixels), model.clip_frames)
-        assert len(model.encode(pixels[chosen])) == model.clip_frames // model.merged_frames
+        check_chosen(selector, chosen, len(frames), model.clip_frames)
+        assert len(model.encode(model.preprocess(frames[chosen]))) == model.clip_frames // model.merged_frames
 
 
 @pytest.mark.parametrize("backbone", names_of("backbone"))

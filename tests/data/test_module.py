@@ -10,7 +10,8 @@ import xcomp
 from xcomp.config import ConfigError, Sampling, parse_config
 from xcomp.data.module import ConversationData, ConversationDataset, EpochOrder, ResumableLoader, collate
 from xcomp.data.records import Conversation
-from xcomp.video import Video, uniform_indices
+from xcomp.sampling import uniform_indices
+from xcomp.video import Video
 
 
 @pytest.fixture(scope="module")

@@ -169,9 +169,7 @@ def test_every_turn_of_a_conversation_is_supervised(backbone):
     conversation = Conversation("v", (("What is it?", "A cross."), ("Where?", "top left"), ("And now?", "gone")))
     text = tokenise(backbone, conversation, SHOWN)
     decode = backbone.tokenizer.decode
-    assert decode(text.prefix_ids) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    )
+    assert decode(text.prefix_ids) == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
     assert decode(text.suffix_ids) == (
         f"\n{TIME} What is it?<|im_end|>\n<|im_start|>assistant\nA cross.<|im_end|>"
         "\n<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\ntop left<|im_end|>"

@@ -9,9 +9,11 @@ from torch.nn.functional import interpolate
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 import xcomp
+from xcomp.backbone import ShownVideo
+from xcomp.selector import FrameQuery
+from xcomp.testing import video_of
 from xcomp.tiny import tiny_backbone
 
-NONE = torch.tensor([1])
 QUESTION = "which symbol appears first"
 
 
@@ -27,15 +29,13 @@ def frames():
     return interpolate(coarse, 24, mode="bicubic").clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def scores_of(selector, frames, question=QUESTION, mean=MEAN, std=STD, question_ids=NONE):
-    """The selector's scores of frames as a backbone with these statistics would have preprocessed them."""
+def scores_of(selector, frames, *questions):
+    """The selector's scores of frames for one question, or for several at once."""
     backbone = tiny_backbone()
-    backbone.pixel_mean, backbone.pixel_std = mean, std
-    pixels = (frames / 255 - torch.tensor(mean)) / torch.tensor(std)
-    return selector.score_frames(backbone, pixels.permute(0, 3, 1, 2), NONE, question_ids, NONE, question=question)
+    queries = [FrameQuery(q, backbone.prompt(q, ShownVideo(1.0, len(frames)))) for q in questions or (QUESTION,)]
+    with video_of(frames, backbone) as video:
+        found = selector.score(video, queries)
+    return found if len(questions) > 1 else found[0]
 
 
 @torch.no_grad()
@@ -55,13 +55,6 @@ def test_scores_equal_transformers(folder, frames):
     assert theirs.std() > 0.01 and ours.dtype == torch.float32  # the frames differ, so an error would show
 
 
-@pytest.mark.parametrize("mean, std", [((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), ((0.5, 0.5, 0.5), (0.5, 0.4, 0.1))])
-def test_the_backbones_normalisation_is_undone(folder, frames, mean, std):
-    selector = xcomp.load_selector("clip_similarity", checkpoint=folder)
-    ours = scores_of(selector, frames, mean=mean, std=std)
-    assert relative_error(ours, transformers_scores(folder, frames)) < 1e-5
-
-
 def test_frames_of_another_size_are_resized(folder, frames):
     large = frames.repeat_interleave(2, 1).repeat_interleave(2, 2)
     ours = scores_of(xcomp.load_selector("clip_similarity", checkpoint=folder), large)
@@ -75,12 +68,15 @@ def test_the_batch_size_does_not_matter(folder, frames, batch_size):
     assert relative_error(ours, transformers_scores(folder, frames)) < 1e-5
 
 
-def test_the_question_matters_and_is_read_back_from_its_ids(folder, frames):
-    selector = xcomp.load_selector("clip_similarity", checkpoint=folder)
-    other = scores_of(selector, frames, "what colour is the ring")
-    assert relative_error(other, scores_of(selector, frames)) > 1e-2
-    ids = torch.tensor(tiny_backbone().tokenizer("  what colour is the ring ")["input_ids"])
-    assert torch.equal(scores_of(selector, frames, None, question_ids=ids), other)
+def test_frames_are_embedded_once_for_all_questions(folder, frames, monkeypatch):
+    selector = xcomp.load_selector("clip_similarity", checkpoint=folder, batch_size=3)
+    seen, embed = [], selector._embed_frames
+    monkeypatch.setattr(selector, "_embed_frames", lambda pixels: seen.append(len(pixels)) or embed(pixels))
+    first, second = scores_of(selector, frames, QUESTION, "what colour is the ring")
+    assert sum(seen) == len(frames) + 1  # the one is to count its products
+    assert relative_error(second, first) > 1e-2
+    assert torch.equal(first, scores_of(selector, frames))
+    assert torch.equal(second, scores_of(selector, frames, "what colour is the ring"))
 
 
 def test_a_long_question_is_cut_to_what_clip_can_read(folder, frames):

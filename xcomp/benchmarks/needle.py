@@ -150,9 +150,7 @@ def _draw_events(rng: np.random.Generator, config: Needle.Config, num_frames: in
     return tuple(sorted(events, key=lambda event: (event.start, PLACES.index(event.place))))
 
 
-def _draw_starts(
-    rng: np.random.Generator, config: Needle.Config, num_frames: int, count: int
-) -> tuple[list[int], int]:
+def _draw_starts(rng: np.random.Generator, config: Needle.Config, num_frames: int, count: int) -> tuple[list[int], int]:
     """First frames of the events, and their length: uniform over all ways to place them without overlap."""
     length = _num_frames(config.event_seconds, config.fps)
     if length >= num_frames:

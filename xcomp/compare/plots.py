@@ -29,8 +29,8 @@ _DPI = 200
 
 
 @dataclass(frozen=True)
-class Arm:
-    """What an arm is made of, as text for legends; ``frames`` is its budget, None where every frame is shown."""
+class Legend:
+    """What an arm is made of, as text; ``frames`` is its budget, None where every frame is shown."""
 
     name: str
     group: str  # the name without the frame budget
@@ -41,7 +41,7 @@ class Arm:
     checkpoint: str
 
     @classmethod
-    def from_dict(cls, arm: Mapping[str, Any]) -> Arm:
+    def from_dict(cls, arm: Mapping[str, Any]) -> Legend:
         """Reads an entry of ``arms`` in run.json; a part may be a name or a mapping with a name and options."""
         parts = {key: part_label(arm.get(key)) for key in ("backbone", "compressor", "selector", "checkpoint")}
         frames = arm.get("frames")
@@ -58,7 +58,7 @@ def part_label(part: Any) -> str:
     return f"{part.get('name') or 'none'}{f' ({options})' if options else ''}"
 
 
-def accuracy_plot(summaries: Sequence[ArmSummary], arms: Mapping[str, Arm]) -> Figure:
+def accuracy_plot(summaries: Sequence[ArmSummary], arms: Mapping[str, Legend]) -> Figure:
     """Accuracy against the number of frames, a line a method; with a single number of frames, a row an arm."""
     lines = _lines(summaries, arms)
     if max(len(points) for points in lines.values()) == 1:
@@ -91,7 +91,7 @@ def _accuracy_rows(summaries: Sequence[ArmSummary]) -> Figure:
     return figure
 
 
-def _lines(summaries: Sequence[ArmSummary], arms: Mapping[str, Arm]) -> dict[str, list[tuple[float, ArmSummary]]]:
+def _lines(summaries: Sequence[ArmSummary], arms: Mapping[str, Legend]) -> dict[str, list[tuple[float, ArmSummary]]]:
     """Points (frames, summary) of each group of arms: one method at several frame budgets."""
     lines: dict[str, list[tuple[float, ArmSummary]]] = defaultdict(list)
     for summary in summaries:
@@ -117,7 +117,7 @@ def _percent_axis(axes: Axes, which: str) -> None:
     axis.set_label_text("accuracy (%), bars: 95 % interval")
 
 
-def tokens_plot(records: Iterable[Record], arms: Mapping[str, Arm]) -> Figure | None:
+def tokens_plot(records: Iterable[Record], arms: Mapping[str, Legend]) -> Figure | None:
     """Visual tokens a shown frame has left at each LLM layer; None if no record says. Equal curves share a line."""
     curves = _token_curves(records)
     if not curves:
@@ -155,7 +155,7 @@ def _token_curves(records: Iterable[Record]) -> list[tuple[np.ndarray, list[str]
     return curves
 
 
-def _token_labels(names: Sequence[str], curves: list[tuple[np.ndarray, list[str]]], arms: Mapping[str, Arm]) -> list:
+def _token_labels(names: Sequence[str], curves: list[tuple[np.ndarray, list[str]]], arms: Mapping[str, Legend]) -> list:
     """The arms' compressors, or the arm's own name where its compressor has several curves."""
 
     def compressor(name: str) -> str:
@@ -175,7 +175,7 @@ class SelectionRow:
     record: Record
 
 
-def selection_example(records: Sequence[Record], arms: Mapping[str, Arm]) -> list[SelectionRow]:
+def selection_example(records: Sequence[Record], arms: Mapping[str, Legend]) -> list[SelectionRow]:
     """Rows of the selection plot: the first question with the most selectors; evidence known wins ties. May be empty.
 
     Of several frame budgets the one with all selectors is shown, the smallest first. Arms of one selector that showed
@@ -199,11 +199,11 @@ def selection_example(records: Sequence[Record], arms: Mapping[str, Arm]) -> lis
     return _selection_rows(best, arms)
 
 
-def _selector(record: Record, arms: Mapping[str, Arm]) -> str:
+def _selector(record: Record, arms: Mapping[str, Legend]) -> str:
     return arms[record["arm"]].selector if record["arm"] in arms else record["arm"]
 
 
-def _selection_rows(records: Sequence[Record], arms: Mapping[str, Arm]) -> list[SelectionRow]:
+def _selection_rows(records: Sequence[Record], arms: Mapping[str, Legend]) -> list[SelectionRow]:
     """One row for each selector and choice of frames, labelled by the arm where the selector alone is ambiguous."""
     merged: dict[tuple, list[Record]] = defaultdict(list)
     for record in records:

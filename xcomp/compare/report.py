@@ -26,20 +26,21 @@ from rich.table import Table
 from rich.text import Text
 
 from xcomp.compare import plots
-from xcomp.compare.plots import Arm
+from xcomp.compare.plots import Legend
+from xcomp.compare.records import read_records
 from xcomp.compare.statistics import ArmSummary, PairedDifference, Proportion, Record, holm, paired, summarise
+from xcomp.run import SCHEMA
 
-RUN_SCHEMA = 1
-RESULTS_SCHEMA = 1
+RESULTS_SCHEMA = 2
 # What each number in results.json is counted in, and which way is better.
 METRICS = {
     "accuracy": {"unit": "share of questions", "direction": "higher"},
     "tokens_in": {"unit": "visual tokens entering the LLM", "direction": "lower"},
     "tokens_out": {"unit": "visual tokens in the last layer", "direction": "lower"},
-    "macs": {"unit": "multiply-accumulates of the LLM a question", "direction": "lower"},
-    "seconds_median": {"unit": "seconds a question", "direction": "lower"},
-    "seconds_mean": {"unit": "seconds a question", "direction": "lower"},
-    "seconds_select_mean": {"unit": "seconds a question", "direction": "lower"},
+    "macs": {"unit": "multiply-accumulates a question, alone on a fresh video, by stage", "direction": "lower"},
+    "seconds": {"unit": "seconds a question, alone on a fresh video, by stage (means)", "direction": "lower"},
+    "seconds_amortised": {"unit": "seconds a question, shared work divided, by stage (means)", "direction": "lower"},
+    "peak_memory": {"unit": "bytes", "direction": "lower"},
 }
 
 
@@ -53,7 +54,7 @@ class Results:
 
     run: Mapping[str, Any]
     records: list[Record]
-    arms: dict[str, Arm]
+    arms: dict[str, Legend]
     summaries: list[ArmSummary]
     paired: list[PairedDifference]
     holm: list[float]
@@ -67,7 +68,8 @@ def table(summaries: Sequence[ArmSummary]) -> Table:
     """The comparison for a terminal, a row an arm."""
     columns, rows = _cells(summaries)
     # Narrow, so that 80 columns leave room for the arms' names.
-    result = Table(box=box.SIMPLE_HEAD, caption=Text(_footnote(summaries)), caption_justify="left", pad_edge=False)
+    options = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True, "caption_justify": "left"}
+    result = Table(caption=Text(_footnote(summaries)), **options)
     result.add_column(columns[0], overflow="fold")
     for column in columns[1:]:
         result.add_column(column.replace(" ", "\n", 1), justify="right", no_wrap=True)
@@ -87,15 +89,22 @@ def markdown_table(summaries: Sequence[ArmSummary]) -> str:
 def _cells(summaries: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Column names and, for each arm, its cells as text."""
     unit, scale = _macs_unit(summaries)
-    columns = ["arm", "frames", "accuracy % (95\u00a0%)", "tokens in\u00a0→\u00a0out", f"LLM {unit}", "s/question"]
+    columns = [
+        "arm",
+        "frames",
+        "accuracy % (95\u00a0%)",
+        "tokens in\u00a0→\u00a0out",
+        f"total {unit}",
+        "s/question alone\u00a0(shared)",
+    ]
     rows = [
         [
             summary.arm,
             _number(summary.num_frames),
             _percent_with_interval(summary.accuracy),
             f"{_number(summary.tokens_in)} → {_number(summary.tokens_out)}",
-            _significant(summary.macs / scale),
-            _significant(summary.seconds_median),
+            _significant(summary.total_macs / scale),
+            f"{_significant(summary.total_seconds)} ({_significant(summary.total_seconds_amortised)})",
         ]
         for summary in summaries
     ]
@@ -106,7 +115,10 @@ def _footnote(summaries: Sequence[ArmSummary]) -> str:
     """What the table's numbers are, how many questions stand behind them and how many failed."""
     questions = _span([summary.accuracy.n for summary in summaries], "question")
     videos = _span([summary.num_videos for summary in summaries], "video")
-    parts = [f"{questions} on {videos}; tokens (visual) and MACs are means, seconds medians."]
+    parts = [
+        f"{questions} on {videos}; means a question. MACs: vision, selection and language model. Seconds: alone on a "
+        "fresh video, and with shared work divided among those who shared it."
+    ]
     errors = [f"{summary.arm}: {summary.errors}" for summary in summaries if summary.errors]
     if errors:
         parts.append(f"Questions that failed to run (counted as wrong): {', '.join(errors)}.")
@@ -124,7 +136,7 @@ def _span(counts: Sequence[int], noun: str) -> str:
 
 
 def _macs_unit(summaries: Sequence[ArmSummary]) -> tuple[str, float]:
-    largest = max((summary.macs for summary in summaries if not math.isnan(summary.macs)), default=0)
+    largest = max((s.total_macs for s in summaries if not math.isnan(s.total_macs)), default=0)
     units = {"TMACs": 1e12, "GMACs": 1e9, "MMACs": 1e6}
     return next((item for item in units.items() if largest >= item[1]), ("MMACs", 1e6))
 
@@ -172,20 +184,12 @@ def write_report(run_dir: str | Path) -> Path:
 
 def read_run(run_dir: Path) -> tuple[dict[str, Any], list[Record]]:
     """The run's description and its records; ValueError if there are none or a line is damaged."""
-    for name in ("run.json", "records.jsonl"):
-        if not (run_dir / name).is_file():
-            raise ValueError(f"{run_dir} holds no run: {name} is missing")
+    if not (run_dir / "run.json").is_file():
+        raise ValueError(f"{run_dir} holds no run: run.json is missing")
     run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    if run.get("schema") != RUN_SCHEMA:
-        raise ValueError(f"{run_dir / 'run.json'} has schema {run.get('schema')!r}; this version reads {RUN_SCHEMA}")
-    records = []
-    # Not splitlines: it also breaks at characters that JSON strings may hold.
-    for number, line in enumerate((run_dir / "records.jsonl").read_text(encoding="utf-8").split("\n"), start=1):
-        try:
-            records += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            path = run_dir / "records.jsonl"
-            raise ValueError(f"{path}, line {number}, is not JSON ({error}): delete it and ask again") from error
+    if run.get("schema") != SCHEMA:
+        raise ValueError(f"{run_dir / 'run.json'} has schema {run.get('schema')!r}; this version reads {SCHEMA}")
+    records = read_records(run_dir)
     if not records:
         raise ValueError(f"{run_dir / 'records.jsonl'} has no records: the run has not answered a question yet")
     return run, records
@@ -193,7 +197,7 @@ def read_run(run_dir: Path) -> tuple[dict[str, Any], list[Record]]:
 
 def analyse(run: Mapping[str, Any], records: Iterable[Record]) -> Results:
     """Summaries of all arms, in the run's order, and each arm's difference from the first."""
-    arms = {arm.name: arm for arm in map(Arm.from_dict, run.get("arms") or [])}
+    arms = {arm.name: arm for arm in map(Legend.from_dict, run.get("arms") or [])}
     order = {name: position for position, name in enumerate(arms)}
     records = sorted(records, key=lambda record: order.get(record["arm"], len(order)))
     summaries = summarise(records)
@@ -296,6 +300,7 @@ def _page(results: Results, pictures: Mapping[str, bytes]) -> str:
         _header(results, name),
         _section("Results", _results_table(results) + _note(_results_note(results)) + _image("accuracy", pictures)),
         _section("Differences", _paired_table(results)),
+        _section("Cost by stage", _cost_table(results)),
         _section("Accuracy by category", _category_table(results)),
         _section("Tokens through the layers", _image("tokens_per_layer", pictures)),
         _section("Frames shown", _image("selected_frames", pictures)),
@@ -373,9 +378,31 @@ def _results_table(results: Results) -> str:
         row[0] = _arm(summary.arm)
         quartiles = "–".join(map(_significant, summary.seconds_quartiles))
         row[2] = row[2].replace(" (", " <small>(", 1) + "</small>"
-        row[-1] += f" <small>({quartiles})</small>"
-        row.append(_significant(summary.seconds_select_mean))
-    return _table([*columns, "of which selecting frames"], cells)
+        row[-1] = row[-1].replace(" (", " <small>(", 1) + f"; {quartiles}</small>"
+    return _table(columns, cells)
+
+
+def _cost_table(results: Results) -> str:
+    """Where each arm's seconds and MACs go, stage by stage, and its peak memory."""
+    unit, scale = _macs_unit(results.summaries)
+    ran = [summary for summary in results.summaries if summary.seconds]
+    if not ran:
+        return ""
+    stages = list(ran[0].seconds)
+    rows = []
+    for summary in ran:
+        alone = [_significant(summary.seconds[stage]) for stage in stages]
+        shared = [_significant(summary.seconds_amortised[stage]) for stage in stages]
+        macs = [_significant(summary.macs[stage] / scale) for stage in stages if stage != "decode"]
+        memory = ", ".join(f"{name} {_significant(size / 1e9)}" for name, size in summary.peak_memory.items())
+        rows.append([_arm(summary.arm), *(f"{a} <small>({s})</small>" for a, s in zip(alone, shared)), *macs, memory])
+    columns = [*(f"{s}, s" for s in stages), *(f"{s}, {unit}" for s in stages if s != "decode"), "peak memory, GB"]
+    note = (
+        "Means a question. Seconds alone on a fresh video, in brackets with shared work divided among those who shared "
+        "it; decoding runs beside the model, its seconds are those of the decoding processes divided by their number. "
+        "MACs as run: attention causally, with dropping early; vision towers in full."
+    )
+    return _table(["arm", *columns], rows) + _note(note)
 
 
 def _results_note(results: Results) -> str:
@@ -388,8 +415,8 @@ def _results_note(results: Results) -> str:
     intervals = "; ".join(text for method, text in how.items() if method in methods)
     few = " With so few videos, intervals are rough." if min(s.num_videos for s in results.summaries) < 20 else ""
     return (
-        f"{_footnote(results.summaries)} Intervals are {intervals}.{few} Seconds are wall-clock a question, median "
-        "(quartiles); selecting frames is a mean. One MAC is one multiply-accumulate, two FLOPs."
+        f"{_footnote(results.summaries)} Intervals are {intervals}.{few} Behind the seconds stand the quartiles of "
+        "those alone. One MAC is one multiply-accumulate, two FLOPs."
     )
 
 

@@ -1,32 +1,45 @@
 """``xcomp compare`` and ``xcomp evaluate``: every arm answers the same questions; one JSON line an answer, as it goes.
 
-A run that stopped, however it stopped, goes on where it was: questions that have a record are not asked again.
+Videos are taken one at a time and asked all open questions of all arms of one backbone, so that each is decoded and
+encoded once. Lightning's Trainer shares videos over however many processes were started. A run that stopped, however it
+stopped, goes on where it was: questions that have an answer are not asked again.
 """
 
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from rich.console import Console
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
+from xcomp.answering import Answer, Answerer, Query
+from xcomp.backbone import Backbone, check_device
 from xcomp.benchmark import Benchmark, Question
 from xcomp.compare.arms import ResolvedArm, resolve_arms
+from xcomp.compare.records import RECORDS, Record, append_records, merge_records, rank_file, read_records, record
 from xcomp.compare.report import read_run, table, write_report
 from xcomp.compare.statistics import summarise
-from xcomp.config import ConfigError, RunConfig, build_component
-from xcomp.contract import check_methods, check_questions, name_of, require
-from xcomp.model import Answer, Query, VideoQA
-from xcomp.run import check_run, make_trainer, open_run, write_atomically
-from xcomp.video import VideoError, check_budget
-
-RECORDS = "records.jsonl"
-Item = tuple[Question, Query]
+from xcomp.compare.tasks import VideoTask, share_out
+from xcomp.config import ConfigError, RunConfig, build_component, split_component
+from xcomp.contract import check_methods, check_questions, name_of
+from xcomp.decoding import DecodingPool
+from xcomp.inflight import PixelBudget, VideoInFlight
+from xcomp.ledger import shares
+from xcomp.memory import PeakMemory
+from xcomp.model import check_sampling
+from xcomp.registry import configure
+from xcomp.run import check_run, hold_run, make_trainer, open_run
+from xcomp.video import VideoError
 
 
 def evaluate(config: RunConfig) -> Path:
@@ -38,142 +51,298 @@ def compare(config: RunConfig, kind: str = "compare") -> Path:
     """Run all arms, print the table, write the report; returns the run folder."""
     if config.benchmark is None:
         raise ConfigError("no benchmark; name one, e.g. benchmark: needle")
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    # What can be wrong is found before anything is written.
     arms = resolve_arms(config)
     benchmark = build_component("benchmark", config.benchmark, config.plugins)
     check_methods("benchmark", benchmark, "questions")
     check_run(config, kind)
-    make_trainer(config.trainer, logger=False, enable_checkpointing=False)
-    models = _Models(config)
-    models.build(arms[0])
-    for arm in arms:
-        if arm.frames is not None and arm.backbone == arms[0].backbone:
-            check_budget(arm.frames, models.backbone.clip_frames)
-    questions = benchmark.questions()
-    check_questions(name_of("benchmark", benchmark), questions)
-    questions = questions[: config.limit]
-    about = {"name": config.benchmark, "num_questions": len(questions)}
-    folder = open_run(config, kind, arms=[arm.description for arm in arms], benchmark=about)
-    records = read_records(folder / RECORDS)
-    for arm in arms:
-        done = {r["question_id"] for r in records if r["arm"] == arm.name}
-        items = [(q, Query(q.video, q.question, benchmark.prompt(q))) for q in questions if q.id not in done]
-        if items:
-            run_arm(config, arm, models.build(arm), benchmark, items, folder / RECORDS)
-    return report(folder)
+    return Comparison(config, kind, arms, benchmark).run()
+
+
+class Comparison:
+    """A run of arms, as one of its processes sees it."""
+
+    def __init__(self, config: RunConfig, kind: str, arms: list[ResolvedArm], benchmark: Benchmark):
+        self.config, self.kind, self.arms, self.benchmark = config, kind, arms, benchmark
+        self.groups: dict[str, list[ResolvedArm]] = {}  # arms that share a backbone
+        for arm in arms:
+            self.groups.setdefault(_key(arm.backbone), []).append(arm)
+        self.questions: list[Question] = []
+
+    def run(self) -> Path:
+        config, folder = self.config, self.config.folder
+        trainers = {key: self._trainer(arms) for key, arms in self.groups.items()}
+        trainer = next(iter(trainers.values()))
+        if trainer.world_size == 1 and (folder / "run.json").is_file():
+            self._read_questions()
+            if not any(map(self.open_tasks, self.groups.values())):
+                return report(folder)
+        with ExitStack() as stack:
+            ranks = max(1, trainer.world_size // max(1, trainer.num_nodes))
+            pool = stack.enter_context(DecodingPool(config.decoding, config.sampling, ranks=ranks))
+            panels = self._build(trainers)
+            self._read_questions()
+            if trainer.is_global_zero:
+                stack.enter_context(hold_run(folder))
+                about = {"name": config.benchmark, "num_questions": len(self.questions)}
+                described = [arm.description for arm in self.arms]
+                open_run(config, self.kind, arms=described, benchmark=about)
+                merge_records(folder, self._order)
+            for key, arms in self.groups.items():
+                panel = panels.pop(key, None) or self._panel(arms, trainers[key])
+                self._ask(panel, arms, pool, trainers[key])
+            trainers[key].strategy.barrier()
+            if not trainer.is_global_zero:
+                return folder
+            merge_records(folder, self._order)
+            return report(folder)
+
+    @property
+    def _order(self) -> list[tuple[str, str]]:
+        return [(arm.name, question.id) for arm in self.arms for question in self.questions]
+
+    def _read_questions(self) -> None:
+        """The questions, and a check that there are videos to ask them about."""
+        questions = self.benchmark.questions()
+        check_questions(name_of("benchmark", self.benchmark), questions)
+        self.questions = questions[: self.config.limit]
+        videos = dict.fromkeys(question.video for question in self.questions)
+        missing = [video for video in videos if not Path(video).exists()]
+        if not missing:
+            return
+        shown = ", ".join(missing[:10]) + (" …" if len(missing) > 10 else "")
+        if len(missing) == len(videos):
+            raise ConfigError(f"none of the benchmark's {len(videos)} videos is there: {shown}")
+        print(f"{len(missing)} of {len(videos)} videos are missing: {shown}", flush=True)
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    def _trainer(self, arms: Sequence[ResolvedArm]) -> L.Trainer:
+        """Lightning's Trainer for the arms of a backbone; it decides how many processes there are, and where."""
+        name, options = split_component("backbone", arms[0].backbone)
+        device = getattr(configure("backbone", name, options, self.config.plugins)[1], "device", "cpu")
+        check_device(device)
+        device = torch.device(device)
+        default = {"accelerator": device.type, "devices": 1 if device.index is None else [device.index]}
+        callbacks: list[Callback] = []
+        if self.config.trainer.get("enable_progress_bar", True):
+            callbacks.append(RichProgressBar())
+        return make_trainer(
+            self.config.trainer,
+            **default,
+            logger=False,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # videos are shared out by what they cost
+        )
+
+    def _build(self, trainers: Mapping[str, L.Trainer]) -> dict[str, Panel]:
+        """Every arm is built and checked before the first question; only the first group's models stay."""
+        kept: dict[str, Panel] = {}
+        for key, arms in reversed(self.groups.items()):
+            kept.clear()  # free one before the next is loaded
+            kept[key] = self._panel(arms, trainers[key])
+        return kept
+
+    def _panel(self, arms: Sequence[ResolvedArm], trainer: L.Trainer) -> Panel:
+        config, device = self.config, trainer.strategy.root_device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # `cuda` without a number is this process's own
+        backbone = build_component("backbone", arms[0].backbone, config.plugins)
+        check_sampling(config.sampling, backbone)
+        parts: dict[str, Any] = {}  # arms that name the same part share it, and what was computed with it
+        answerers = {}
+        for arm in arms:
+            own = []
+            for kind, node in (("compressor", arm.compressor), ("selector", arm.selector)):
+                key = f"{kind} {_key(node)}"
+                if key not in parts:
+                    parts[key] = build_component(kind, node, config.plugins)
+                own.append(parts[key])
+            answerers[arm.name] = Answerer(
+                backbone, *own, budget=arm.frames, generation=config.generation, batch_size=config.batch_size
+            )
+        return Panel(backbone, answerers, self.benchmark).eval()
+
+    # --- asking -----------------------------------------------------------------------------------------------------
+
+    def _ask(self, panel: Panel, arms: Sequence[ResolvedArm], pool: DecodingPool, trainer: L.Trainer) -> None:
+        """Ask the arms of one backbone all their open questions, through Lightning's Trainer."""
+        data = OpenVideos(self, panel, arms, pool)
+        device = panel.backbone.device
+        try:
+            trainer.predict(panel, datamodule=data, return_predictions=False)
+        except BaseException:
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.SIGTERM)  # one process's failure is one of all
+            raise
+        finally:
+            panel.to(device)  # Lightning's teardown leaves it on the CPU
+
+    def open_tasks(self, arms: Sequence[ResolvedArm]) -> list[VideoTask]:
+        """The videos about which some of the arms have questions without an answer."""
+        answered = {(r["arm"], r["question_id"]) for r in read_records(self.config.folder) if not r.get("error")}
+        tasks: dict[str, VideoTask] = {}
+        for question in self.questions:
+            open_arms = [arm.name for arm in arms if (arm.name, question.id) not in answered]
+            if open_arms:
+                task = tasks.setdefault(question.video, VideoTask(question.video, {}))
+                for name in open_arms:
+                    task.open.setdefault(name, []).append(question.id)
+        return list(tasks.values())
+
+
+class Panel(L.LightningModule):
+    """The arms of one backbone. ``predict_step`` asks them all their open questions about a video."""
+
+    def __init__(self, backbone: Backbone, answerers: Mapping[str, Answerer], benchmark: Benchmark):
+        super().__init__()
+        self.backbone = backbone
+        self.answerers = dict(answerers)
+        self.benchmark = benchmark
+        parts = [part for a in answerers.values() for part in (a.compressor, a.selector) if part is not None]
+        self.parts = nn.ModuleList(dict.fromkeys(parts))  # so that Lightning moves them with the backbone
+        self.writes_to: Path | None = None
+
+    def on_predict_start(self) -> None:
+        for answerer in {id(a.compressor): a for a in self.answerers.values()}.values():
+            answerer.warm_up()
+
+    def expected(self, task: VideoTask):
+        """What to decode of a video ahead of its questions: all that some arm will need."""
+
+        def frames_of(info):
+            wanted = [self.answerers[arm].expected(info) for arm in task.open]
+            frames = sorted({frame for numbers, _ in wanted for frame in numbers})
+            return frames, tuple(dict.fromkeys(f for _, formats in wanted for f in formats))
+
+        return frames_of
+
+    def predict_step(self, batch: tuple[VideoInFlight, VideoTask, Mapping[str, Question]], batch_idx: int = 0) -> int:
+        """Writes the records of one video; returns how many."""
+        video, task, questions = batch
+        done: dict[str, list[tuple[Question, Any]]] = {}
+        peaks: dict[str, dict[str, int]] = {}
+        try:
+            for arm, ids in task.open.items():
+                asked = [questions[i] for i in ids]
+                with PeakMemory(self.backbone.device) as peak:
+                    outcomes = self._answer(arm, video, asked)
+                done[arm], peaks[arm] = list(zip(asked, outcomes)), peak.bytes
+        finally:  # what was answered is kept, whatever ends the rest
+            records = self._records(video, done, peaks)
+            append_records(self.writes_to, records)
+            video.close()
+        return len(records)
+
+    def _answer(self, arm: str, video: VideoInFlight, asked: list[Question]) -> list[Any]:
+        queries = [Query(q.video, q.question, self.benchmark.prompt(q)) for q in asked]
+        try:
+            return self.answerers[arm].answer(video, queries)
+        except VideoError as error:
+            return [error] * len(asked)
+
+    def _records(self, video: VideoInFlight, done: dict[str, list], peaks: dict[str, dict[str, int]]) -> list[Record]:
+        works = {(arm, q.id): out.work for arm, pairs in done.items() for q, out in pairs if isinstance(out, Answer)}
+        costs, info = shares(works), video.known
+        waiting = video.ledger.seconds_waiting / max(1, len(works))
+        lines = []
+        for arm, pairs in done.items():
+            for question, outcome in pairs:
+                line = record(arm, question, outcome, self.benchmark, info)
+                if (cost := costs.get((arm, question.id))) is not None:
+                    line |= {
+                        "macs": cost.macs,
+                        "seconds": cost.seconds,
+                        "seconds_amortised": cost.seconds_amortised,
+                        "seconds_waiting": round(waiting, 6),
+                        "peak_memory": peaks[arm],
+                    }
+                lines.append(line)
+        return lines
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch
+
+
+class OpenVideos(L.LightningDataModule):
+    """This process's share of the videos with open questions, each opened a while before it is needed."""
+
+    def __init__(self, run: Comparison, panel: Panel, arms: Sequence[ResolvedArm], pool: DecodingPool):
+        super().__init__()
+        self.run, self.panel, self.arms, self.pool = run, panel, arms, pool
+        self.tasks: list[VideoTask] = []
+
+    def setup(self, stage: str) -> None:
+        """The first process reads what is open and shares it out, so that all see the same."""
+        trainer, shared = self.trainer, None
+        if trainer.is_global_zero:
+            shared = share_out(self.run.open_tasks(self.arms), trainer.world_size)
+        shared = trainer.strategy.broadcast(shared)
+        self.tasks = shared[trainer.global_rank]
+        self.panel.writes_to = rank_file(self.run.config.folder, trainer.global_rank, trainer.world_size)
+        if trainer.is_global_zero and trainer.progress_bar_callback is not None:
+            count = sum(task.num_open for tasks in shared for task in tasks)
+            names = ", ".join(arm.name for arm in self.arms)
+            print(f"{count} questions about {sum(map(len, shared))} videos open for: {names}", flush=True)
+
+    def predict_dataloader(self) -> DataLoader:
+        return DataLoader(_Ahead(self), batch_size=None, collate_fn=_as_it_is)
+
+
+class _Ahead(Dataset):
+    """Videos in flight: when one is taken, the next begins to be opened and decoded."""
+
+    def __init__(self, data: OpenVideos):
+        self.data = data
+        self.budget = PixelBudget(data.run.config.memory)
+        self.started: dict[int, VideoInFlight] = {}
+        self.questions = {question.id: question for question in data.run.questions}
+
+    def __len__(self) -> int:
+        return len(self.data.tasks)
+
+    def __getitem__(self, index: int) -> tuple[VideoInFlight, VideoTask, dict[str, Question]]:
+        video = self._start(index)
+        if index + 1 < len(self):
+            video.following = self._start(index + 1)
+        del self.started[index]
+        return video, self.data.tasks[index], self.questions
+
+    def _start(self, index: int) -> VideoInFlight:
+        if index not in self.started:
+            task, data = self.data.tasks[index], self.data
+            video = VideoInFlight(
+                task.video, data.panel.backbone, data.pool, data.run.config.memory, budget=self.budget
+            )
+            video.expect(data.panel.expected(task))
+            self.started[index] = video
+        return self.started[index]
+
+
+def _key(node: Any) -> str:
+    """What tells one component from another: its name and options."""
+    name, options = split_component("component", node)
+    return json.dumps([name, options], sort_keys=True)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def report(folder: Path) -> Path:
-    """Print the table of a finished run and write its report."""
+    """Print the table of a run so far and write its report."""
     run, records = read_run(folder)
     console = Console()
     console.print(table(summarise(records)))
     failed = sum(1 for r in records if r.get("error"))
     if failed:
-        console.print(f"{failed} questions could not be asked (see 'error' in {folder / RECORDS}); they count as wrong")
-    console.print(f"report: {write_report(folder)}", soft_wrap=True)
+        console.print(
+            f"{failed} questions could not be asked (see 'error' in {folder / RECORDS}) and count as wrong; the same "
+            "command asks them again",
+            markup=False,
+        )
+    console.print(f"report: {write_report(folder)}", soft_wrap=True, markup=False)
+    if failed == len(records):
+        raise ConfigError(f"no question could be asked; the first: {records[0]['error']}")
     return folder
-
-
-class _Models:
-    """Builds an arm's model, keeping the backbone while arms in a row name the same one."""
-
-    def __init__(self, config: RunConfig):
-        self.config = config
-        self.node: Any = None
-        self.backbone: Any = None
-
-    def build(self, arm: ResolvedArm) -> VideoQA:
-        if self.backbone is None or self.node != arm.backbone:
-            self.backbone = None  # free the old one before the next is loaded
-            self.backbone = build_component("backbone", arm.backbone, self.config.plugins)
-            self.node = arm.backbone
-        return VideoQA.from_config(arm.config(self.config), self.backbone).eval()
-
-
-class RecordWriter(Callback):
-    """Appends each batch's records to the file as soon as they are there."""
-
-    def __init__(self, path: Path, arm: ResolvedArm, benchmark: Benchmark):
-        self.path, self.arm, self.benchmark = path, arm, benchmark
-
-    def on_predict_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        lines = [record(self.arm, q, o, self.benchmark) for (q, _), o in zip(batch, outputs)]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def run_arm(
-    config: RunConfig, arm: ResolvedArm, model: VideoQA, benchmark: Benchmark, items: list[Item], path: Path
-) -> None:
-    """Ask an arm its open questions through Lightning's Trainer. The first is asked once before, as a warm-up."""
-    loader = DataLoader(items, batch_size=config.batch_size, collate_fn=list)
-    callbacks: list[Callback] = [RecordWriter(path, arm, benchmark)]
-    if config.trainer.get("enable_progress_bar", True):
-        print(f"{arm.name}: {len(items)} questions", flush=True)
-        callbacks.append(RichProgressBar())
-    trainer = make_trainer(
-        config.trainer,
-        accelerator="cpu" if model.backbone.device.type == "cpu" else "auto",
-        devices=1,
-        logger=False,
-        callbacks=callbacks,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    model.predict_step(items[:1])
-    trainer.predict(model, loader, return_predictions=False)
-
-
-def record(arm: ResolvedArm, question: Question, outcome: Answer | VideoError, benchmark: Benchmark) -> dict[str, Any]:
-    """One line of records.jsonl."""
-    line = {
-        "arm": arm.name,
-        "question_id": question.id,
-        "video": question.video,
-        "category": question.category,
-        "answer": question.answer,
-        "prediction": None,
-        "correct": False,
-        "events": [list(span) for span in question.events],
-        "error": None,
-    }
-    if isinstance(outcome, VideoError):
-        return {**line, "error": str(outcome)}
-    prediction = benchmark.parse(outcome.text, question)
-    right = prediction is None or (type(prediction) is int and 0 <= prediction < len(question.options))
-    clause = f"parse() must return an option's number or None, not {prediction!r}"
-    require(right, name_of("benchmark", benchmark), clause)
-    return {
-        **line,
-        "prediction": prediction,
-        "correct": prediction == question.answer,
-        "text": outcome.text,
-        "frames": outcome.frames,
-        "times": outcome.times,
-        "duration": outcome.duration,
-        "num_frames": len(outcome.frames),
-        "tokens_in": outcome.tokens_in,
-        "tokens_out": outcome.tokens_per_layer[-1],
-        "tokens_per_layer": outcome.tokens_per_layer,
-        "macs": outcome.macs,
-        "seconds": outcome.seconds,
-        "seconds_select": outcome.seconds_select,
-        "scores": outcome.scores,
-        "candidate_times": outcome.candidate_times,
-    }
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records written so far. A line that an interruption cut short is taken out of the file."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]  # every record ends its line
-    if whole != text:
-        write_atomically(path, whole)
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"'{path}' holds a line that is not JSON ({error}); delete that line") from error

@@ -45,7 +45,9 @@ class ArmSummary:
     """One arm's results. Costs are means over the questions that ran without an error; NaN if there are none.
 
     ``errors`` counts questions that failed to run and ``unanswered`` those whose text named no option; both are wrong
-    answers in ``accuracy``. ``macs`` are the LLM's, seconds are wall-clock; ``seconds_quartiles`` is their spread.
+    answers in ``accuracy``. ``macs`` and ``seconds`` are by stage, as a question would take them alone on a fresh
+    video; ``seconds_amortised`` divides what was shared by those who shared it. ``seconds_quartiles`` are those of a
+    whole question alone. ``peak_memory`` is the largest seen, in bytes, of the host and (on CUDA) of the device.
     """
 
     arm: str
@@ -56,12 +58,24 @@ class ArmSummary:
     num_frames: float
     tokens_in: float
     tokens_out: float
-    macs: float
-    seconds_mean: float
-    seconds_median: float
+    macs: dict[str, float]
+    seconds: dict[str, float]
+    seconds_amortised: dict[str, float]
     seconds_quartiles: tuple[float, float]
-    seconds_select_mean: float
+    peak_memory: dict[str, int]
     categories: dict[str, Proportion]
+
+    @property
+    def total_macs(self) -> float:
+        return _total(self.macs)
+
+    @property
+    def total_seconds(self) -> float:
+        return _total(self.seconds)
+
+    @property
+    def total_seconds_amortised(self) -> float:
+        return _total(self.seconds_amortised)
 
 
 @dataclass(frozen=True)
@@ -106,8 +120,8 @@ def summarise(records: Iterable[Record], *, resamples: int = RESAMPLES, seed: in
 def _summarise_arm(arm: str, records: list[Record], resamples: int, seed: int) -> ArmSummary:
     _by_question(records)  # refuses a question answered twice
     ran = [record for record in records if not record.get("error")]
-    seconds = _numbers(ran, "seconds")
-    median, low, high = (float(np.quantile(seconds, q)) if len(seconds) else math.nan for q in (0.5, 0.25, 0.75))
+    seconds = [sum(record["seconds"].values()) for record in ran]
+    low, high = (float(np.quantile(seconds, q)) if seconds else math.nan for q in (0.25, 0.75))
     categories = sorted(_by(records, "category").items())
     return ArmSummary(
         arm=arm,
@@ -118,11 +132,11 @@ def _summarise_arm(arm: str, records: list[Record], resamples: int, seed: int) -
         num_frames=_mean(ran, "num_frames"),
         tokens_in=_mean(ran, "tokens_in"),
         tokens_out=_mean(ran, "tokens_out"),
-        macs=_mean(ran, "macs"),
-        seconds_mean=_mean(ran, "seconds"),
-        seconds_median=median,
+        macs=_stage_means(ran, "macs"),
+        seconds=_stage_means(ran, "seconds"),
+        seconds_amortised=_stage_means(ran, "seconds_amortised"),
         seconds_quartiles=(low, high),
-        seconds_select_mean=_mean(ran, "seconds_select"),
+        peak_memory=_largest(ran, "peak_memory"),
         categories={name: accuracy(group, resamples=resamples, seed=seed) for name, group in categories},
     )
 
@@ -272,6 +286,25 @@ def _per_video(records: Iterable[Record], value: Callable[[Record], float]) -> t
     groups = sorted(_by(records, "video").items())
     sums = np.array([sum(value(record) for record in group) for _, group in groups], dtype=np.float64)
     return sums, np.array([len(group) for _, group in groups], dtype=np.float64)
+
+
+def _stage_means(records: Sequence[Record], key: str) -> dict[str, float]:
+    """Means by stage, in the order of stages; empty if there are no records."""
+    stages = records[0][key] if records else {}
+    return {stage: float(np.mean([record[key][stage] for record in records])) for stage in stages}
+
+
+def _largest(records: Iterable[Record], key: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for record in records:
+        for name, value in record[key].items():
+            if value is not None:
+                found[name] = max(value, found.get(name, 0))
+    return found
+
+
+def _total(by_stage: Mapping[str, float]) -> float:
+    return sum(by_stage.values()) if by_stage else math.nan
 
 
 def _numbers(records: Iterable[Record], key: str) -> list[float]:

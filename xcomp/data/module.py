@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -9,13 +10,15 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from xcomp.backbone import Backbone, ShownVideo
 from xcomp.config import RunConfig, Sampling
 from xcomp.data.records import Conversation, TokenisedConversation, load_conversations, tokenise
-from xcomp.video import Video, check_budget, sample_indices, uniform_indices
+from xcomp.sampling import uniform_indices
+from xcomp.video import Video
 
 
 @dataclass
@@ -24,19 +27,6 @@ class Sample:
 
     pixels: Tensor
     text: TokenisedConversation
-
-
-def candidate_indices(video: Video, sampling: Sampling) -> list[int]:
-    """The candidate frames of a video by a run's sampling rule."""
-    return sample_indices(
-        video.num_frames,
-        video.fps,
-        rate=sampling.rate,
-        min_frames=sampling.min_frames,
-        max_frames=sampling.max_frames,
-        multiple=sampling.multiple,
-        style=sampling.style,
-    )
 
 
 class ConversationDataset(Dataset):
@@ -71,7 +61,7 @@ class ConversationDataset(Dataset):
 
     def _indices(self, video: Video, item: int, frames: tuple[int, ...]) -> list[int]:
         if not frames:
-            return candidate_indices(video, self.sampling)
+            return self.sampling.candidates(video.num_frames, video.fps)
         generator = torch.Generator().manual_seed(hash((self.seed, item)) & 0x7FFFFFFF)
         count = frames[int(torch.randint(len(frames), (1,), generator=generator))]
         return uniform_indices(video.num_frames, count)
@@ -80,6 +70,16 @@ class ConversationDataset(Dataset):
 def collate(samples: list[Sample]) -> list[Sample]:
     """A batch is a list: videos and texts of unequal length go to the decoder as they are."""
     return samples
+
+
+def start_worker(worker: int) -> None:
+    """Leave Ctrl-C and the first SIGTERM to the main process: a terminal or batch system sends them to all processes.
+
+    The main process still needs batches to finish its step, and shuts its workers down itself.
+    """
+    pl_worker_init_function(worker)  # Lightning's own, in whose place this one is
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class EpochOrder(DistributedSampler):
@@ -129,10 +129,8 @@ class ConversationData(L.LightningDataModule):
         c = self.config
         conversations = load_conversations(sources, c.plugins, where)
         for count in sorted({*c.tune.frames, *(n for conversation in conversations for n in conversation.frames)}):
-            check_budget(count, self.backbone.clip_frames)
-        return ConversationDataset(
-            conversations, self.backbone, frames=c.tune.frames, sampling=c.sampling, seed=c.seed
-        )
+            self.backbone.check_frames(count)
+        return ConversationDataset(conversations, self.backbone, frames=c.tune.frames, sampling=c.sampling, seed=c.seed)
 
     def _loader(self, kind: type[DataLoader], dataset: ConversationDataset, **options: Any) -> DataLoader:
         workers = self.config.tune.num_workers
@@ -142,6 +140,7 @@ class ConversationData(L.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=collate,
+            worker_init_fn=start_worker,
             **options,
         )
 

@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen2Model
 
 from xcomp import Backbone
 from xcomp.backbone import Prompt, ShownVideo
-from xcomp.pixels import preprocess_frames
+from xcomp.pixels import PixelFormat
 from xcomp.tiny import CharacterTokenizer
 
 
@@ -26,7 +26,7 @@ class Skeleton(Backbone):
 
     tokens_per_frame = 16  # N
     clip_frames = 1  # frames that are encoded together: ``encode`` is given multiples of it
-    pixel_mean, pixel_std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    pixel_format = PixelFormat(32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # how a frame becomes pixels
 
     @dataclass
     class Config:
@@ -50,10 +50,6 @@ class Skeleton(Backbone):
         if config.checkpoint:
             load_model(self, Path(config.checkpoint) / "model.safetensors")
         self.to(config.device, getattr(torch, config.dtype))
-
-    def preprocess(self, frames: Tensor) -> Tensor:
-        """(T, H, W, 3) uint8 → (T, 3, h, w), each frame on its own."""
-        return preprocess_frames(frames, 32, self.pixel_mean, self.pixel_std)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(T, 3, h, w) → visual tokens (T, N, D), in the language model's type."""

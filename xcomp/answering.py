@@ -1,0 +1,275 @@
+"""Answering: questions about a video in flight, with one compressor, selector and budget of frames.
+
+What does not depend on the question happens once for all of them: frames are chosen by number, a video is run through
+the language model and stored (:meth:`xcomp.decoder.Decoder.prefill_video`), and its questions are appended in batches.
+What a question gets does not depend on which others are asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.generation import BaseStreamer
+
+from xcomp.backbone import Backbone, Prompt, QuestionError, ShownVideo
+from xcomp.compressor import Compressor
+from xcomp.config import Generation
+from xcomp.contract import check_chosen, check_methods, check_pixel_format, check_scores, name_of
+from xcomp.decoder import Decoder, QuestionNeeded, State
+from xcomp.decoding import VideoInfo
+from xcomp.inflight import VideoInFlight
+from xcomp.ledger import Share, Work
+from xcomp.pixels import PixelFormat
+from xcomp.selector import FrameQuery, FrameSelector
+from xcomp.video import VideoError
+
+Refused = VideoError | QuestionError  # what is one question's outcome and not the end of a run
+
+
+@dataclass(frozen=True)
+class Query:
+    """A video file, the bare question, and the text put to the model (question, options, request)."""
+
+    video: str
+    question: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The frames that a question is answered from, and if they were scored, how and by which work."""
+
+    frames: tuple[int, ...]
+    scores: tuple[float, ...] | None = None
+    work: Work | None = None
+
+
+@dataclass
+class Answer:
+    """What the model wrote, what it saw, and what that took.
+
+    ``tokens_per_layer`` are visual tokens in each layer's cache. ``work`` is what a :mod:`xcomp.ledger` reads the cost
+    from; ``share`` the cost once all questions of the video are known.
+    """
+
+    text: str
+    frames: list[int]
+    times: list[float]
+    duration: float
+    tokens_per_layer: list[int]
+    tokens_in: int
+    work: Work = field(repr=False)
+    share: Share | None = None
+    scores: list[float] | None = field(default=None, repr=False)
+    candidate_times: list[float] | None = field(default=None, repr=False)
+    choice: int | None = None
+
+
+class Answerer:
+    """A backbone, a compressor and a selector that answer questions.
+
+    ``budget`` is how many frames the selector is asked for (None: all candidates are shown), ``batch_size`` how many
+    questions are written answers to at once.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        compressor: Compressor | None = None,
+        selector: FrameSelector | None = None,
+        *,
+        budget: int | None = None,
+        generation: Generation | None = None,
+        batch_size: int = 1,
+    ):
+        check_methods("backbone", backbone, "encode", "prompt")
+        check_pixel_format(name_of("backbone", backbone), backbone)
+        if selector is not None and selector.uses_video and type(selector).score is FrameSelector.score:
+            check_methods("selector", selector, "score_frames")
+        if budget is not None:
+            backbone.check_frames(budget)
+        self.backbone = backbone
+        self.compressor = compressor or Compressor(None)
+        self.selector = selector
+        self.budget = budget
+        self.generation = generation or Generation()
+        self.batch_size = batch_size
+        self.decoder = Decoder(backbone, self.compressor)
+        self._needs_question = False  # whether the compressor was found to decide from the question
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """One clip of zeros and a word through everything, so that loading kernels is no question's time."""
+        backbone = self.backbone
+        backbone.clip_macs(backbone.pixel_format.largest)
+        pixels = torch.zeros(backbone.clip_frames, 3, *backbone.pixel_format.largest, device=backbone.device)
+        tokens = backbone.encode(pixels.to(backbone.dtype))
+        prompt = backbone.prompt("?", ShownVideo(1.0, backbone.clip_frames))
+        self.decoder.generate(self.decoder.prefill(tokens, prompt.prefix_ids, prompt.suffix_ids), max_new_tokens=2)
+
+    # --- which frames -----------------------------------------------------------------------------------------------
+
+    def expected(self, info: VideoInfo) -> tuple[tuple[int, ...], tuple[PixelFormat, ...]]:
+        """The frames that questions about a video will need, as far as it can be said, and in which formats."""
+        own = (self.backbone.pixel_format,)
+        if self._scores(info):
+            return info.candidates, (*own, *self.selector.pixel_formats(self.backbone))
+        return self._by_number(info), own
+
+    def _scores(self, info: VideoInfo) -> bool:
+        """Whether the selector looks at the video before it chooses."""
+        chooses = self.budget is not None and self.budget < len(info.candidates) and self.selector is not None
+        return chooses and self.selector.uses_video
+
+    def _by_number(self, info: VideoInfo) -> tuple[int, ...]:
+        if self.budget is None or self.budget >= len(info.candidates) or self.selector is None:
+            return info.candidates
+        chosen = self._select(torch.zeros(len(info.candidates)))
+        return tuple(info.candidates[i] for i in chosen)
+
+    def _select(self, scores: Tensor) -> list[int]:
+        chosen = self.selector.select(scores, self.budget)
+        check_chosen(name_of("selector", self.selector), chosen, len(scores), self.budget)
+        return chosen
+
+    def choose(self, video: VideoInFlight, queries: Sequence[Query]) -> list[Choice]:
+        """The frames for each question. Scores that another arm asked for with the same parts are taken from it."""
+        if not self._scores(video.info):
+            return [Choice(self._by_number(video.info))] * len(queries)
+        key = id(self.selector), id(self.compressor)
+        new = [query for query in dict.fromkeys(queries) if (*key, query) not in video.scores]
+        if new:
+            with video.ledger.work("select") as shared:
+                shown = ShownVideo(video.info.duration, len(video.candidates), video.info.times)
+                asked = [FrameQuery(query.question, self._prompt(query, shown)) for query in new]
+                found = self.selector.score(video, asked, self.compressor)
+            for query, frame_query, scores in zip(new, asked, found, strict=True):
+                check_scores(name_of("selector", self.selector), scores, len(video.candidates))
+                frame_query.work.needs.add(shared)
+                video.scores[(*key, query)] = scores, frame_query.work
+        choices = []
+        for query in queries:
+            scores, work = video.scores[(*key, query)]
+            frames = tuple(video.candidates[i] for i in self._select(scores))
+            choices.append(Choice(frames, tuple(round(x, 6) for x in scores.tolist()), work))
+        return choices
+
+    def _prompt(self, query: Query, shown: ShownVideo) -> Prompt:
+        try:
+            query.text.encode()
+        except UnicodeEncodeError as error:
+            raise QuestionError(f"the question is no text: {error.reason} at character {error.start}") from error
+        return self.backbone.prompt(query.text, shown)
+
+    # --- answers ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def answer(
+        self, video: VideoInFlight, queries: Sequence[Query], streamer: BaseStreamer | None = None
+    ) -> list[Answer | Refused]:
+        """Answers in the order of the questions. What cannot be read or asked is that question's outcome."""
+        try:
+            choices = self.choose(video, queries)
+        except (VideoError, QuestionError) as error:
+            if isinstance(error, VideoError) or len(queries) == 1:
+                return [error] * len(queries)
+            return [outcome for query in queries for outcome in self.answer(video, [query], streamer)]
+        outcomes: list[Answer | Refused | None] = [None] * len(queries)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for number, choice in enumerate(choices):
+            groups.setdefault(choice.frames, []).append(number)
+        for members in groups.values():
+            for start in range(0, len(members), self.batch_size):
+                batch = members[start : start + self.batch_size]
+                found = self._batch(video, [queries[i] for i in batch], [choices[i] for i in batch], streamer)
+                for number, outcome in zip(batch, found):
+                    outcomes[number] = outcome
+            video.advance()
+        return outcomes
+
+    def _batch(
+        self, video: VideoInFlight, queries: list[Query], choices: list[Choice], streamer: BaseStreamer | None
+    ) -> list[Answer | Refused]:
+        """Questions that are answered from the same frames; where one of several cannot be asked, each on its own."""
+        frames = choices[0].frames
+        try:
+            times = video.times(frames)
+            shown = ShownVideo(video.info.duration, len(frames), tuple(times))
+            prompts = [self._prompt(query, shown) for query in queries]
+            together = Work("answer")
+            with video.ledger.charge(together):
+                state, prefills = self._prefilled(video, frames, prompts)
+                written = self._write(state, streamer)
+        except (VideoError, QuestionError) as error:
+            if isinstance(error, VideoError) or len(queries) == 1:
+                return [error] * len(queries)
+            return [self._batch(video, [q], [c], streamer)[0] for q, c in zip(queries, choices)]
+        per_layer = [list(counts) for counts in zip(*state.tokens_per_layer)]
+        layout, info = state.prefilled[0], video.info
+        answers = []
+        for row, (choice, prompt, ids) in enumerate(zip(choices, prompts, written)):
+            work = Work("answer", macs=self._answer_macs(state, row, prompt, ids))
+            work.needs |= {together, *prefills[row : row + 1]} | ({choice.work} if choice.work else set())
+            answers.append(
+                Answer(
+                    text=self.backbone.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                    frames=list(frames),
+                    times=times,
+                    duration=info.duration,
+                    tokens_per_layer=per_layer[row],
+                    tokens_in=(int(layout.frame[row].max()) + 1) * layout.frame_tokens,
+                    work=work,
+                    scores=None if choice.scores is None else list(choice.scores),
+                    candidate_times=None if choice.scores is None else list(info.times),
+                )
+            )
+        return answers
+
+    def _prefilled(
+        self, video: VideoInFlight, frames: tuple[int, ...], prompts: list[Prompt]
+    ) -> tuple[State, list[Work]]:
+        """The state after every prompt: the stored video with the questions behind it, or whole prompts in one pass.
+
+        Of the latter, each question's own work too.
+        """
+        prefixes, suffixes = [p.prefix_ids for p in prompts], [p.suffix_ids for p in prompts]
+        if not self._needs_question:
+
+            def run(work: Work) -> State:
+                stored = self.decoder.prefill_video(video.tokens(frames), prefixes[0])
+                work.macs = self.decoder.prefill_macs(stored, len(prefixes[0]))
+                return stored
+
+            try:
+                state = video.state((id(self.compressor), frames), "prefill", run)
+            except QuestionNeeded:
+                self._needs_question = True
+            else:
+                return self.decoder.extend(state.repeat(len(prompts)), suffixes), []
+        with video.ledger.work("prefill"):
+            tokens = video.tokens(frames)
+            state = self.decoder.prefill([tokens] * len(prompts), prefixes, suffixes)
+        macs = [
+            self.decoder.prefill_macs(state, len(prefix), len(suffix), row=row)
+            for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes))
+        ]
+        return state, [Work("prefill", macs=number) for number in macs]
+
+    def _answer_macs(self, state: State, row: int, prompt: Prompt, ids: list[int]) -> int:
+        """MACs of a question behind a stored video, and of writing its answer: a pass a token, but for the last."""
+        question = 0 if self._needs_question else len(prompt.suffix_ids)
+        steps = min(len(ids), self.generation.max_new_tokens - 1)
+        written = self.decoder.append_macs(state, question, *[1] * steps, row=row)
+        asked = self.decoder.append_macs(state, question, row=row)
+        return asked + (written - asked) * self.generation.num_beams
+
+    def _write(self, state: State, streamer: BaseStreamer | None) -> list[list[int]]:
+        """Token ids of the answers; draws leave the caller's random numbers as they are."""
+        device = self.backbone.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=self.generation.do_sample):
+            if self.generation.do_sample:
+                torch.manual_seed(self.generation.seed)
+            return self.decoder.generate(state, streamer=streamer, **self.generation.options())

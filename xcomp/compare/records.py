@@ -1,0 +1,132 @@
+"""``records.jsonl``: one line an answered question, written as a run goes, and what a run that goes on makes of it.
+
+With several processes each writes a file of its own, ``records.rank<r>.jsonl``; they become part of ``records.jsonl``
+when the run ends or is started again. Everything that reads a run reads :func:`read_records`, so a run can be looked at
+while it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xcomp.answering import Answer, Refused
+from xcomp.benchmark import Benchmark, Question
+from xcomp.config import ConfigError
+from xcomp.contract import name_of, require
+from xcomp.decoding import VideoInfo
+from xcomp.run import write_atomically
+
+RECORDS = "records.jsonl"
+Record = dict[str, Any]
+_NEEDED = {"arm": str, "question_id": str, "video": str, "correct": bool}
+
+
+def rank_file(folder: Path, rank: int, world_size: int) -> Path:
+    """Where a process writes its records."""
+    return folder / (RECORDS if world_size == 1 else f"records.rank{rank}.jsonl")
+
+
+def record(
+    arm: str, question: Question, outcome: Answer | Refused, benchmark: Benchmark, info: VideoInfo | None
+) -> Record:
+    """One question's line. Seconds and peak memory are told by ``add_costs``."""
+    line = {
+        "arm": arm,
+        "question_id": question.id,
+        "video": question.video,
+        "category": question.category,
+        "answer": question.answer,
+        "prediction": None,
+        "correct": False,
+        "events": [list(span) for span in question.events],
+        "error": None,
+        "reader": None if info is None else f"{info.reader_version}",
+    }
+    if not isinstance(outcome, Answer):
+        return {**line, "error": str(outcome)}
+    prediction = benchmark.parse(outcome.text, question)
+    right = prediction is None or (type(prediction) is int and 0 <= prediction < len(question.options))
+    clause = f"parse() must return an option's number or None, not {prediction!r}"
+    require(right, name_of("benchmark", benchmark), clause)
+    return {
+        **line,
+        "prediction": prediction,
+        "correct": prediction == question.answer,
+        "text": outcome.text,
+        "frames": outcome.frames,
+        "times": outcome.times,
+        "duration": outcome.duration,
+        "num_frames": len(outcome.frames),
+        "tokens_in": outcome.tokens_in,
+        "tokens_out": outcome.tokens_per_layer[-1],
+        "tokens_per_layer": outcome.tokens_per_layer,
+        "scores": outcome.scores,
+        "candidate_times": outcome.candidate_times,
+    }
+
+
+def append_records(path: Path, records: Iterable[Record]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in records)
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All records of a run so far, one for each arm and question: of several the last that holds an answer.
+
+    A line that an interruption cut short does not count.
+
+    Raises:
+        ConfigError: if a whole line is no record, naming file and line.
+    """
+    # Those of single processes first: one that is being merged meanwhile is then found in one place or the other.
+    files = [*sorted(folder.glob("records.rank*.jsonl")), folder / RECORDS]
+    found: dict[tuple[str, str], Record] = {}
+    for path in files:
+        for line in _read_lines(path):
+            key = line["arm"], line["question_id"]
+            if key not in found or not line.get("error") or found[key].get("error"):
+                found[key] = line
+    return list(found.values())
+
+
+def _read_lines(path: Path) -> list[Record]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"'{path}' is not UTF-8 ({error.reason} at byte {error.start}); mend or delete it") from error
+    records = []
+    # Every record ends its line. Not splitlines: it also breaks at characters that JSON strings may hold.
+    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"'{path}', line {number}, is not JSON ({error}); delete that line") from error
+        right = isinstance(value, Mapping) and all(isinstance(value.get(k), kind) for k, kind in _NEEDED.items())
+        if not right:
+            needed = ", ".join(_NEEDED)
+            raise ConfigError(f"'{path}', line {number}, is no record (a mapping with {needed}); delete that line")
+        records.append(value)
+    return records
+
+
+def merge_records(folder: Path, keep: Sequence[tuple[str, str]]) -> list[Record]:
+    """Bring all records into ``records.jsonl``, in the order of ``keep`` (arm, question id), whole or not at all.
+
+    Records of other arms and questions stay, behind them.
+    """
+    order = {key: place for place, key in enumerate(keep)}
+    records = sorted(read_records(folder), key=lambda r: order.get((r["arm"], r["question_id"]), len(order)))
+    text = "".join(json.dumps(line) + "\n" for line in records)
+    path = folder / RECORDS
+    if records and not (path.is_file() and path.read_text(encoding="utf-8") == text):
+        write_atomically(path, text)
+    for other in folder.glob("records.rank*.jsonl"):
+        other.unlink()
+    return records

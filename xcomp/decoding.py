@@ -1,0 +1,197 @@
+"""Decoding beside the model: processes that open, sample, decode and resize frames while the model computes.
+
+A piece of work is a file and some frame numbers; what comes back are bytes at the sizes that encoders take, so that a
+video's own size never reaches the model's process. A process that dies, takes too long or asks for too much memory is
+replaced, and its piece of work becomes a :class:`xcomp.video.VideoError`; the others go on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, TimeoutError
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pebble import ProcessExpired, ProcessPool
+
+from xcomp.config import Decoding, Sampling
+from xcomp.pixels import PixelFormat
+from xcomp.video import Video, VideoError
+
+GIGABYTE = 1024**3
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """A video as opened: ``candidates`` are the frames that the sampling rule takes, ``times`` their seconds."""
+
+    path: str
+    num_frames: int
+    fps: float
+    duration: float
+    reader: str
+    reader_version: str
+    candidates: tuple[int, ...]
+    times: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A decoded piece: for each format (T, 3, h, w) uint8, and the seconds that it took."""
+
+    arrays: tuple[np.ndarray, ...]
+    seconds: float
+
+
+# --- in the worker ----------------------------------------------------------------------------------------------------
+
+# The files that the last pieces of work were about: the video that is asked and the one that comes next.
+_opened: OrderedDict[str, Video] = OrderedDict()
+
+
+def inspect(path: str, threads: int, sampling: Sampling) -> tuple[VideoInfo, float]:
+    """A video's properties and candidate frames, and the seconds that it took to open it."""
+    started = time.perf_counter()
+    video = _video(path, sampling.reader, threads)
+    candidates = sampling.candidates(video.num_frames, video.fps)
+    times = tuple(round(time, 3) for time in video.times(candidates))
+    names = ("path", "num_frames", "fps", "duration", "reader", "reader_version")
+    info = VideoInfo(*(getattr(video, name) for name in names), tuple(candidates), times)
+    return info, time.perf_counter() - started
+
+
+def decode(path: str, reader: str, threads: int, frames: Sequence[int], formats: Sequence[PixelFormat]) -> Pixels:
+    """The frames of these numbers (ascending) in each format; one frame is held at its own size at a time."""
+    started = time.perf_counter()
+    resized: list[list[np.ndarray]] = [[] for _ in formats]
+    for _, frame in _video(path, reader, threads).read(frames):
+        picture = torch.from_numpy(frame).unsqueeze(0)
+        for pieces, pixel_format in zip(resized, formats):
+            pieces.append(pixel_format.resize(picture).numpy())
+    arrays = tuple(np.concatenate(pieces) for pieces in resized)
+    return Pixels(arrays, time.perf_counter() - started)
+
+
+def _video(path: str, reader: str, threads: int) -> Video:
+    key = f"{reader}, {threads}, {path}"
+    if key not in _opened:
+        while len(_opened) >= 2:
+            _opened.popitem(last=False)[1].close()
+        _opened[key] = Video(path, reader, threads=threads)
+    _opened.move_to_end(key)
+    return _opened[key]
+
+
+def _start_worker(threads: int, memory: float) -> None:
+    """Sets a worker process up: no Ctrl-C of its own, gone with its parent, bounded memory."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    if sys.platform == "linux":
+        import resource
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        with open("/proc/self/status", encoding="ascii") as file:
+            held = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData"))
+        most = held + int(memory * GIGABYTE)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def _ready() -> None:
+    """Nothing: started so that the processes stand ready when the first video comes."""
+
+
+# --- in the model's process -------------------------------------------------------------------------------------------
+
+
+class Pending:
+    """A piece of work that was handed out. ``result`` waits for it; what goes wrong with it is a VideoError."""
+
+    def __init__(self, path: str, limit: float, future: Future | None, run: Callable[[], Any] | None = None):
+        self._path, self._limit, self._future, self._run = path, limit, future, run
+
+    def done(self) -> bool:
+        return self._future is None or self._future.done()
+
+    def result(self) -> Any:
+        try:
+            return self._run() if self._future is None else self._future.result()
+        except VideoError:
+            raise
+        except ProcessExpired as error:
+            how = signal.Signals(-error.exitcode).name if (error.exitcode or 0) < 0 else f"status {error.exitcode}"
+            raise VideoError(f"{self._path}: decoding it ended the process ({how}); the file is broken") from error
+        except TimeoutError as error:
+            raise VideoError(
+                f"{self._path}: decoding took longer than {self._limit:g} s; raise decoding.seconds, or mend the file"
+            ) from error
+        except MemoryError as error:
+            raise VideoError(f"{self._path}: decoding takes more memory than decoding.memory allows") from error
+        except Exception as error:  # whatever else a file makes the decoder do is that file's error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise VideoError(f"{self._path}: {reason}") from error
+
+    def cancel(self) -> None:
+        if self._future is not None:
+            self._future.cancel()
+
+
+class DecodingPool:
+    """Processes that decode, or with ``workers: 0`` none: then work is done where its result is asked for.
+
+    Use it as a context manager. ``ranks`` is how many processes like this one share the machine.
+    """
+
+    def __init__(self, decoding: Decoding | None = None, sampling: Sampling | None = None, *, ranks: int = 1):
+        self.options = decoding or Decoding()
+        self.sampling = sampling or Sampling()
+        cores = max(1, len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)))
+        cores = max(1, cores // ranks)
+        given, threads = self.options.workers, self.options.threads
+        self.workers = min(4, max(1, cores // 2)) if given is None else given
+        self.threads = max(1, cores // max(1, self.workers)) if threads is None else threads
+        self._pool: ProcessPool | None = None
+        if self.workers:
+            context = multiprocessing.get_context(
+                "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+            )
+            if hasattr(context, "set_forkserver_preload"):
+                context.set_forkserver_preload(["xcomp.decoding"])  # imported once, not by every worker
+            limits = (self.threads, self.options.memory)
+            self._pool = ProcessPool(self.workers, initializer=_start_worker, initargs=limits, context=context)
+            self._pool.schedule(_ready)
+
+    def inspect(self, path: str) -> Pending:
+        """Open a video: its result is (:class:`VideoInfo`, seconds)."""
+        return self._hand_out(inspect, path, self.threads, self.sampling)
+
+    def decode(self, path: str, frames: Sequence[int], formats: Sequence[PixelFormat]) -> Pending:
+        """Decode frames, ascending and each once: its result is :class:`Pixels`."""
+        return self._hand_out(decode, path, self.sampling.reader, self.threads, list(frames), list(formats))
+
+    def _hand_out(self, function: Callable[..., Any], path: str, *args: Any) -> Pending:
+        limit = self.options.seconds
+        if self._pool is None:
+            return Pending(path, limit, None, lambda: function(path, *args))
+        return Pending(path, limit, self._pool.schedule(function, (path, *args), timeout=limit))
+
+    def close(self) -> None:
+        """Ends the processes, whatever they are doing."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+
+    def __enter__(self) -> DecodingPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,226 @@
+"""What lets a tuning run stop anywhere and go on to the same bits: its checkpoints, and how signals stop it.
+
+A checkpoint is one file of tensors, numbers and text in torch's zip format, whole or not there. It is read with
+``weights_only=True``, so that a file somebody prepared runs no code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from torch.optim.lr_scheduler import LambdaLR
+
+from xcomp.checkpoint import mend_folder
+from xcomp.config import ConfigError
+from xcomp.run import whole_file
+from xcomp.stopping import Stopped
+
+CHECKPOINTS = "checkpoints"
+FILE = re.compile(r"step=(\d+)\.ckpt|last\.ckpt")  # last: a copy that earlier versions wrote
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+class WholeCheckpoints(CheckpointIO):
+    """Lightning's checkpoints as files that are whole or not there, and whose reading runs no code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint. OSError of one line if the disk does not take it; earlier ones stay as they were."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with whole_file(path) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            cause = _system_error(error)
+            if cause is None:
+                raise
+            raise OSError(
+                f"checkpoint '{path}' cannot be written: {cause.strerror}; the one before it is untouched, and once "
+                "there is room the same command resumes from it"
+            ) from error
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """Read a checkpoint onto the CPU; whatever ``weights_only`` says, nothing but tensors and plain values."""
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The OSError behind an error of torch's zip writer, which reports but its own confusion."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a run goes on: a checkpoint, the optimizer steps it has behind it and of how many; what was no good."""
+
+    path: Path
+    step: int
+    steps: int | None
+    damaged: list[str] = field(default_factory=list)
+
+
+def newest_checkpoint(folder: Path) -> Resume | None:
+    """The newest whole checkpoint of a run folder; None where there never was one.
+
+    Raises:
+        ConfigError: if one holds more than plain values, or none of those that are there is whole.
+    """
+    damaged = []
+    for path in _checkpoints(folder):
+        try:
+            # Mapped, so that only the description is read, which torch writes last: a file that was cut off has none.
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            steps = content["callbacks"].get(StepCheckpoints.__name__, {}).get("steps")
+            return Resume(path, content["global_step"], steps, damaged)
+        except UnpicklingError as error:
+            raise ConfigError(_forbidden(path, error)) from error
+        except (RuntimeError, EOFError, KeyError, TypeError, AttributeError):  # torch has no error of its own for it
+            damaged.append(path.name)
+    if damaged:
+        raise ConfigError(
+            f"no checkpoint in '{folder / CHECKPOINTS}' is whole ({', '.join(damaged)}); delete that folder to start "
+            "over"
+        )
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, newest first. ConfigError for a folder, which Lightning reads in ways that may run code."""
+    found = {path: FILE.fullmatch(path.name) for path in (folder / CHECKPOINTS).glob("*.ckpt")}
+    paths = sorted((path for path in found if found[path]), key=lambda path: -int(found[path][1] or 0))
+    if folders := [path for path in paths if path.is_dir()]:
+        raise ConfigError(
+            f"checkpoint '{folders[0]}' is a folder, whose reading may run code; only files are resumed from"
+        )
+    return paths
+
+
+def _forbidden(path: Path, error: UnpicklingError) -> str:
+    name = re.search(r"GLOBAL ([\w.]+)", str(error))
+    what = f" ({name[1]})" if name else ""
+    return (
+        f"checkpoint '{path}' holds more than tensors, numbers and text{what}; it was not written by xcomp and is not "
+        "loaded, since that could run code; delete it"
+    )
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half-written in a run folder. Nobody else may be working in it."""
+    for path in (folder / "run.json.tmp", *(folder / CHECKPOINTS).glob("*.ckpt.tmp")):
+        path.unlink(missing_ok=True)
+    mend_folder(folder / "model")
+
+
+# --- callbacks --------------------------------------------------------------------------------------------------------
+
+
+class StopAtStep(Callback):
+    """The first SIGTERM or Ctrl-C lets the step in progress finish, and a checkpoint be written, before ``Stopped``.
+
+    A second Ctrl-C stops at once. Signals to any rank stop all of them after the same step. Whoever calls ``fit`` puts
+    the handlers of ``SIGNALS`` back.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    number: int | None = None  # of the signal
+    due = False  # from the end of the step on that was the last one; the same on all ranks
+    _when = _before = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # In place of Lightning's handler: it does not know Ctrl-C, ends with status 0, and calls the other ranks from
+        # within the signal, in the midst of whatever they are exchanging.
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # SIGTERM is often sent twice, to a process and to its group; who means it, sends SIGKILL.
+        if self.number is not None and number == signal.SIGINT and time.monotonic() - self._when > 1:
+            raise Stopped(number)
+        if self.number is None:
+            self.number, self._when = number, time.monotonic()
+            if number == signal.SIGINT and sys.stderr.isatty():
+                os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")  # print() may be under way
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.due:
+            raise self.stopped(trainer)
+        self._before = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step != self._before:  # else gradients are still being accumulated
+            self.due = trainer.strategy.reduce_boolean_decision(self.number is not None, all=False)
+
+    def stopped(self, trainer: L.Trainer) -> Stopped:
+        """The exception that says where the run stands."""
+        stop = Stopped(self.number or signal.SIGTERM, self._line(trainer))
+        if not trainer.is_global_zero:
+            stop.line, stop.code = None, 0  # Lightning's launcher kills the first rank when another one fails
+        return stop
+
+    @staticmethod
+    def _line(trainer: L.Trainer) -> str:
+        if not trainer.checkpoint_callbacks:
+            return f"after step {trainer.global_step}, without checkpoints: the same command starts over"
+        return f"the same command resumes after step {trainer.global_step}"
+
+
+class StepCheckpoints(Checkpoint):
+    """A checkpoint every so many optimizer steps, at the last one, and where a run is stopped.
+
+    The newest is kept, and the one before it in case a disk loses the newest; while one is written there is one other.
+    """
+
+    def __init__(self, folder: Path, every: int, steps: int, stop: StopAtStep):
+        self.folder, self.every, self.steps, self.stop = folder / CHECKPOINTS, every, steps, stop
+        self.newest: Path | None = None
+        self._before = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.newest = Path(trainer.ckpt_path) if trainer.ckpt_path else None
+        # The restored rates follow the schedule they were saved under, which may have been for another number of steps.
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
+            if isinstance(scheduler, LambdaLR):
+                groups = scheduler.optimizer.param_groups
+                for group, rate, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas):
+                    group["lr"] = rate * factor(scheduler.last_epoch)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._before = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        step = trainer.global_step
+        if step != self._before and (step % self.every == 0 or step == trainer.max_steps or self.stop.due):
+            self._save(trainer, self.folder / f"step={step}.ckpt")
+
+    def _save(self, trainer: L.Trainer, path: Path) -> None:
+        if trainer.is_global_zero:
+            for old in self.folder.glob("*.ckpt"):
+                if FILE.fullmatch(old.name) and old != self.newest:
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+        trainer.save_checkpoint(path, weights_only=False)
+        self.newest = path
