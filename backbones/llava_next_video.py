@@ -39,6 +39,7 @@ from transformers import (
 from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.checkpoint import (
     build_model,
+    check_ids,
     check_options,
     end_ids,
     find_folder,
@@ -49,6 +50,7 @@ from xcomp.checkpoint import (
     require_tokenizer,
     save_model,
     transformers_config,
+    within,
 )
 from xcomp.pixels import PixelFormat
 from xcomp.prompts import Chat, Format, chat_format, chatml, check_token
@@ -100,8 +102,11 @@ def pixel_format(numbers: dict[str, Any], image_size: int) -> PixelFormat:
     if not numbers.get("do_resize", True) or (crop is None and shortest_edge):
         raise ValueError("the processor's numbers keep a picture's own shape; they must resize or crop to one size")
     given = crop or (size if isinstance(size, tuple) else (size, size))
-    if given != (image_size, image_size):
+    if given != (image_size, image_size) or any(type(side) is not int for side in given):
         raise ValueError(f"the processor makes pictures of {given}, but the vision tower takes {image_size} squared")
+    sides = size if isinstance(size, tuple) else (size,)
+    if not all(type(side) is int and image_size <= side <= 100_000 for side in sides):
+        raise ValueError(f"the processor's size is {size!r}; its sides must be whole numbers from {image_size}")
     resample, mean, std = pixel_numbers(numbers)
     return PixelFormat(size, mean, std, shortest_edge, crop, resample)
 
@@ -129,6 +134,12 @@ def model_config(content: dict[str, Any], where: str) -> PreTrainedConfig:
             f"{where}: vision tower '{vision.model_type}' with vision_feature_select_strategy "
             f"'{config.vision_feature_select_strategy}' gives no square of patches; known: {known}"
         )
+    depth, layers = vision.num_hidden_layers, config.vision_feature_layer
+    for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
+        if layer == 0 or not -depth <= layer <= depth:
+            raise ValueError(f"{where}: vision_feature_layer {layer} is none of the tower's 1..{depth}, -{depth}..-1")
+    if vision.image_size is None or vision.patch_size is None:
+        raise ValueError(f"{where}: the vision tower needs an image_size and a patch_size")
     if tokens_per_frame(config) < 1:
         raise ValueError(
             f"{where}: {vision.image_size} pixels in patches of {vision.patch_size} leave a frame no token"
@@ -175,15 +186,18 @@ class LlavaNextVideo(Backbone):
         folder = find_folder(config.checkpoint, weights=config.device != "meta")
         content = config.architecture if folder is None else read_config(folder, " or ".join(MODELS))
         where = "architecture" if folder is None else f"'{folder / 'config.json'}'"
-        found = model_config(dict(content), where)
+        with within(where):
+            found = model_config(dict(content), where)
         self._folder = folder
         self._numbers = processor_numbers(folder, default_numbers(found.vision_config.image_size))
-        self.pixel_format = pixel_format(self._numbers, found.vision_config.image_size)
+        with within(where if folder is None else f"'{folder}'"):
+            self.pixel_format = pixel_format(self._numbers, found.vision_config.image_size)
         self.tokens_per_frame = tokens_per_frame(found)
         self.model = build_model(MODELS[found.model_type], folder, found, config)
         self.tokenizer = load_tokenizer(folder, config.tokenizer, self.text_config)
         if self.tokenizer is not None:
-            self._set_up_words()
+            with within(f"tokenizer '{config.tokenizer or folder}'"):
+                self._set_up_words()
 
     @property
     def language_model(self) -> nn.Module:
@@ -240,6 +254,12 @@ class LlavaNextVideo(Backbone):
         check_token(self.tokenizer, self.config.tokenizer or self._folder, VIDEO, placeholder, "video_token_index")
         self.format = chat_format(self.tokenizer, VIDEO, FORMATS[self.text_config.model_type])
         self._chat = Chat(self.tokenizer, self.format, VIDEO)
+        prompt = self._chat.prompt("?")
+        check_ids(
+            [*prompt.prefix_ids.tolist(), *prompt.suffix_ids.tolist()],
+            self.text_config.vocab_size,
+            self.config.tokenizer or self._folder,
+        )
         self.message_tokens = self._chat.message_tokens + (self.newline is not None)
 
     @property

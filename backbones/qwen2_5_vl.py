@@ -37,6 +37,7 @@ from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.checkpoint import (
     build_model,
+    check_ids,
     check_options,
     end_ids,
     find_folder,
@@ -47,6 +48,7 @@ from xcomp.checkpoint import (
     require_tokenizer,
     save_model,
     transformers_config,
+    within,
 )
 from xcomp.layout import TokenLayout
 from xcomp.pixels import PixelFormat
@@ -101,24 +103,44 @@ def model_config(content: dict[str, Any], where: str) -> PreTrainedConfig:
             f"{where}: the vision tower's out_hidden_size {vision.out_hidden_size} is not the language model's "
             f"hidden_size {text.hidden_size}"
         )
+    if vision.hidden_size % (4 * vision.num_heads):
+        raise ValueError(
+            f"{where}: the vision tower's hidden_size {vision.hidden_size} is no multiple of 4 times its "
+            f"num_heads {vision.num_heads}"
+        )
+    token = vision.patch_size * vision.spatial_merge_size
+    if vision.window_size < token:
+        raise ValueError(f"{where}: a window of window_size {vision.window_size} holds no token of {token} pixels")
+    if outside := [i for i in vision.fullatt_block_indexes if not 0 <= i < vision.depth]:
+        raise ValueError(f"{where}: fullatt_block_indexes {outside} are none of the tower's {vision.depth} blocks")
     sections, head = (
         text.rope_parameters.get("mrope_section", [16, 24, 24]),
         text.hidden_size // text.num_attention_heads,
     )
-    if 2 * sum(sections) != head:
+    if not isinstance(sections, list) or len(sections) != 3 or 2 * sum(sections) != head:
         raise ValueError(f"{where}: mrope_section {sections} must add up to half of the head size {head}")
     return config
 
 
-def frame_options(options: Any, saved: dict[str, Any], factor: int) -> dict[str, Any]:
-    """Frame size and seconds between groups: as asked for, else as the checkpoint was saved, else the defaults."""
+def frame_options(options: Any, saved: Any, factor: int, where: str = "") -> dict[str, Any]:
+    """Frame size and seconds between groups: as asked for, else as the checkpoint was saved, else the defaults.
+
+    ``where`` is the place of what was ``saved``, for errors.
+    """
+    if not isinstance(saved, dict):
+        raise ValueError(f"{where}: {OWN} is {saved!r}; it must be an object")
     values = {name: getattr(options, name) for name in DEFAULTS}
+    own = {name for name, given in values.items() if given is None and name in saved}
     values = {name: saved.get(name, DEFAULTS[name]) if given is None else given for name, given in values.items()}
-    for name in ("height", "width"):
-        if values[name] < 1 or values[name] % factor:
-            raise ValueError(f"{name} is {values[name]}; it must be a multiple of {factor} (patch size times merging)")
-    if values["second_per_grid"] <= 0:
-        raise ValueError(f"second_per_grid is {values['second_per_grid']}; it must be above 0")
+    for name, value in values.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name == "second_per_grid":
+            holds, wanted = number and 0 < value <= 1e6, "above 0 (and at most 1e6)"
+        else:
+            holds = number and isinstance(value, int) and 1 <= value <= 100_000 and value % factor == 0
+            wanted = f"a multiple of {factor} (patch size times merging)"
+        if not holds:
+            raise ValueError(f"{f'{where}: ' if name in own else ''}{name} is {value!r}; it must be {wanted}")
     return values
 
 
@@ -158,11 +180,12 @@ class Qwen25VL(Backbone):
         folder = find_folder(config.checkpoint, weights=config.device != "meta")
         content = config.architecture if folder is None else read_config(folder, "Qwen2.5-VL")
         where = "architecture" if folder is None else f"'{folder / 'config.json'}'"
-        found = model_config(dict(content), where)
+        with within(where):
+            found = model_config(dict(content), where)
         vision = found.vision_config
         self.merged_frames = self.clip_frames = vision.temporal_patch_size
         factor = vision.patch_size * vision.spatial_merge_size
-        self.frame_options = frame_options(config, content.get(OWN) or {}, factor)
+        self.frame_options = frame_options(config, content.get(OWN) or {}, factor, where)
         self.size = self.frame_options["height"], self.frame_options["width"]
         self.grid = self.size[0] // factor, self.size[1] // factor
         self.tokens_per_frame = self.grid[0] * self.grid[1]
@@ -174,7 +197,8 @@ class Qwen25VL(Backbone):
         self.model = build_model(Qwen2_5_VLForConditionalGeneration, folder, found, config)
         self.tokenizer = load_tokenizer(folder, config.tokenizer, self.text_config)
         if self.tokenizer is not None:
-            self._set_up_words()
+            with within(f"tokenizer '{config.tokenizer or folder}'"):
+                self._set_up_words()
 
     @property
     def language_model(self) -> nn.Module:
@@ -226,6 +250,12 @@ class Qwen25VL(Backbone):
         around = OPENING, CLOSING
         self.format = check_format(chat_format(self.tokenizer, VIDEO, chatml(*around), around=around))
         self._chat = Chat(self.tokenizer, self.format, VIDEO)
+        prompt = self._chat.prompt("?")
+        check_ids(
+            [*prompt.prefix_ids.tolist(), *prompt.suffix_ids.tolist()],
+            self.text_config.vocab_size,
+            self.config.tokenizer or self._folder,
+        )
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -39,7 +39,9 @@ from xcomp.backbone import Backbone, Prompt, ShownVideo, no_autocast
 from xcomp.checkpoint import (
     DTYPES,
     FLOATS,
+    check_ids,
     check_options,
+    check_rotary,
     check_save_dtype,
     check_sizes,
     check_text_config,
@@ -61,6 +63,7 @@ from xcomp.pixels import PixelFormat
 
 SHARD_BYTES = 5_000_000_000
 PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+START, STOP = "<|im_start|>", ("<|im_end|>", "<|endoftext|>")
 HEADER = "<|im_end|>\n<|im_start|>assistant\n"
 TIME = "The video lasts for {duration:.2f} seconds, and {num_frames} frames are uniformly sampled from it."
 
@@ -442,9 +445,19 @@ class VideoChatFlash(Backbone):
             self._load_weights(folder)
         with within(where):
             self._keep_rotary()
+            check_rotary(self.language_model)
         self.to(device=config.device, dtype=DTYPES[config.dtype])
         self._folder = folder
         self.tokenizer = load_tokenizer(folder, config.tokenizer, self.text_config)
+        if self.tokenizer is not None:
+            self._check_words(config.tokenizer or folder)
+
+    def _check_words(self, place: Any) -> None:
+        """ValueError unless the tokenizer in ``place`` has the tokens that prompts are made of."""
+        known = self.tokenizer.get_vocab()
+        if lacking := [token for token in (START, *STOP) if token not in known]:
+            raise ValueError(f"tokenizer '{place}' has no {', '.join(lacking)}; give the tokenizer of this checkpoint")
+        check_ids([known[token] for token in (START, *STOP)], self.text_config.vocab_size, place)
 
     def _build(self, attention: str) -> None:
         """Modules from ``architecture`` and options, on the ambient device."""
@@ -507,6 +520,19 @@ class VideoChatFlash(Backbone):
             setattr(self.get_submodule(module), leaf, nn.Parameter(tensor))
         refuse_values(folder, broken, dtype)
         self._tie()
+        self._check_tied(folder, stored)
+
+    def _check_tied(self, folder: Path, stored: dict) -> None:
+        """ValueError where config.json ties the head to the embedding, but another head is stored."""
+        if not self.text_config.tie_word_embeddings or "lm_head.weight" not in stored:
+            return
+        with safe_open(stored["lm_head.weight"][0], framework="pt") as file:
+            head = file.get_tensor("lm_head.weight").to(self.lm_head.weight)
+        if not torch.equal(head, self.lm_head.weight):
+            raise ValueError(
+                f"'{folder / 'config.json'}' says tie_word_embeddings, but lm_head.weight is stored and is not "
+                "model.embed_tokens.weight; set it to false, or take the tensor out"
+            )
 
     def _check_tensors(self, folder: Path, wanted: dict[str, str], stored: dict) -> None:
         shapes = {name: list(self.get_parameter(own).shape) for name, own in wanted.items()}
@@ -602,7 +628,7 @@ class VideoChatFlash(Backbone):
     def stop_ids(self) -> tuple[int, ...]:
         """Ids of ``<|im_end|>`` and ``<|endoftext|>``; without a tokenizer, what config.json says ends an answer."""
         if self.tokenizer is not None:
-            return tuple(self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+            return tuple(self.tokenizer.convert_tokens_to_ids(list(STOP)))
         ids = self.architecture.get("eos_token_id")
         return () if ids is None else tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
 

@@ -18,6 +18,7 @@ from transformers import CLIPModel
 
 from xcomp.backbone import Backbone
 from xcomp.checkpoint import (
+    check_ids,
     find_folder,
     load_tokenizer,
     pixel_numbers,
@@ -66,8 +67,13 @@ class CLIPSimilarity(FrameSelector):
         self.pixel_format = PixelFormat(found.vision_config.image_size, mean, std, resample=resample)
         self._macs: int | None = None
         self.max_length = found.text_config.max_position_embeddings
-        if self.tokenizer.eos_token_id not in self.tokenizer("a").input_ids:
+        closing, expected = self.tokenizer.eos_token_id, found.text_config.eos_token_id
+        ids = self.tokenizer("a").input_ids
+        check_ids(ids, found.text_config.vocab_size, folder)
+        if closing not in ids:
             raise ValueError(f"the tokenizer in '{folder}' must close a text with its end token")
+        if expected not in (2, closing):  # 2, as in OpenAI's: the text is read off where its largest id stands
+            raise ValueError(f"{where}: eos_token_id is {expected}, but the tokenizer closes a text with {closing}")
 
     def pixel_formats(self, backbone: Backbone) -> tuple[PixelFormat, ...]:
         return (self.pixel_format,)

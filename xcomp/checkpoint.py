@@ -38,7 +38,7 @@ SIZES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size", "mm_hidden_size", "projection_dim",
                      "head_dim", "image_size", "patch_size", "spatial_merge_size", "temporal_patch_size",
                      "spatial_pool_stride", "window_size", "num_channels", "in_channels", "in_chans",
-                     "mm_local_num_frames"), 1_000_000),
+                     "tokens_per_second", "mm_local_num_frames"), 1_000_000),
     **dict.fromkeys(("vocab_size", "max_position_embeddings"), 100_000_000),
 }  # fmt: skip
 SMALL = ("rms_norm_eps", "layer_norm_eps")  # added to what a root is taken of
@@ -129,7 +129,9 @@ def within(place: Any) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # tokenizers', from Rust
+            raise
         text = one_line(error)
         raise ValueError(text if str(place) in text else f"{place}: {text}") from error
 
@@ -288,14 +290,16 @@ def read_config(folder: Path, needed: str) -> dict[str, Any]:
 
 
 def check_sizes(content: Any, where: str) -> None:
-    """ValueError unless the counts, sizes and small numbers in a config.json's content are such; None is a default."""
+    """ValueError unless the counts, sizes and small numbers in a config.json's content are such; a size may be null."""
     for key, value in content.items() if isinstance(content, Mapping) else enumerate(content):
         whole = isinstance(value, int) and not isinstance(value, bool)
         if key in SIZES and value is not None and not (whole and 1 <= value <= SIZES[key]):
             raise ValueError(f"{where}: {key} is {_shortened(value)}; it must be a whole number, 1 to {SIZES[key]:,}")
         number = whole or isinstance(value, float)
-        if key in SMALL and value is not None and not (number and 0 < value < 1):
+        if key in SMALL and not (number and 0 < value < 1):
             raise ValueError(f"{where}: {key} is {_shortened(value)}; it must be a number above 0 and below 1")
+        if key == "rope_theta" and not (number and value > 0):
+            raise ValueError(f"{where}: {key} is {_shortened(value)}; it must be a number above 0")
         if isinstance(value, (dict, list)):
             check_sizes(value, where)
 
@@ -346,8 +350,22 @@ def build_model(model_class: Any, folder: Path | None, found: PreTrainedConfig, 
     if folder is None or options.device == "meta":
         with within("architecture" if folder is None else f"'{folder / 'config.json'}'"):
             with torch.device("meta" if options.device == "meta" else "cpu"):
-                return AutoModelForImageTextToText.from_config(found, **settings).to(options.device)
-    return read_model(model_class, folder, found, **settings).to(options.device)
+                model = AutoModelForImageTextToText.from_config(found, **settings).to(options.device)
+            check_rotary(model)
+            return model
+    model = read_model(model_class, folder, found, **settings).to(options.device)
+    with within(f"'{folder / 'config.json'}'"):
+        check_rotary(model)
+    with within(f"'{folder}'"):
+        _ends(model)
+    return model
+
+
+def check_rotary(model: nn.Module) -> None:
+    """ValueError unless a model's rotary frequencies, which follow from its configuration alone, are finite."""
+    for name, frequencies in model.named_buffers():
+        if name.endswith("inv_freq") and not frequencies.is_meta and not is_finite(frequencies):
+            raise ValueError(f"rope_theta and the other rope_parameters give frequencies ({name}) that are not finite")
 
 
 def read_model(model_class: Any, folder: Path, found: PreTrainedConfig, **settings: Any) -> nn.Module:
@@ -361,6 +379,8 @@ def read_model(model_class: Any, folder: Path, found: PreTrainedConfig, **settin
                 if dtype not in FLOATS and not name.endswith("position_ids")}  # fmt: skip
     refuse_tensors(folder, [f"{name} is {dtype}, should be floating-point" for name, dtype in integers.items()])
     _check_extent(model_class, folder, found, stored)
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")
     with _quiet(), within(f"'{folder}'"):
         model, info = model_class.from_pretrained(
             folder,
@@ -432,10 +452,18 @@ def _finish_config(path: Path, dtype: str, more: dict[str, Any]) -> None:
 
 def end_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
     """Ids that end an answer: the tokenizer's end token, then what the generation configuration adds."""
-    more = model.generation_config.eos_token_id
-    more = [] if more is None else more if isinstance(more, list) else [more]
+    more = _ends(model)
     own = [] if tokenizer is None else [tokenizer.eos_token_id]
     return tuple(dict.fromkeys(i for i in [*own, *more] if i is not None))
+
+
+def _ends(model: nn.Module) -> list[int]:
+    """The ids that end an answer by a model's generation configuration, which says one, several or none."""
+    found = model.generation_config.eos_token_id
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ValueError(f"generation_config.json: eos_token_id is {_shortened(found)}; it must be one id or several")
+    return ids
 
 
 @contextmanager
@@ -509,16 +537,30 @@ def load_tokenizer(folder: Path | None, given: str | None, config: PreTrainedCon
     """
     place = folder if given is None else local_folder("tokenizer", given)
     if place is not None and any((place / name).is_file() for name in TOKENIZER_FILES):
+        if (place / "tokenizer_config.json").is_file():
+            read_json(place / "tokenizer_config.json")  # which says better what is wrong with it
         with within(f"tokenizer '{place}' cannot be read"):
             # Given a config, it does not read config.json, whose model type transformers would warn of.
             tokenizer = AutoTokenizer.from_pretrained(place, config=config, trust_remote_code=False)
-            last, known = max(tokenizer.get_vocab().values(), default=-1), config.get_text_config().vocab_size
-        if last >= known:
-            raise ValueError(f"tokenizer '{place}' has ids up to {last}, the language model knows those below {known}")
+            tokenizer.decode(tokenizer("What is it?").input_ids)
+            # Not those added on top: a padding token need have no embedding, and what prompts hold is checked of them.
+            ids = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+        if not ids:  # transformers makes an empty one where tokenizer.json lacks
+            raise ValueError(f"tokenizer '{place}' holds no vocabulary; copy its tokenizer.json there too")
+        check_ids(ids, config.get_text_config().vocab_size, place)
         return tokenizer
     if given is not None:
         raise ValueError(f"tokenizer '{place}' holds none of {', '.join(TOKENIZER_FILES)}")
     return None
+
+
+def check_ids(ids: Iterable[int], vocab_size: int, place: Any) -> None:
+    """ValueError unless a language model of ``vocab_size`` tokens knows the ids of the tokenizer in ``place``."""
+    if (last := max(ids, default=0)) >= vocab_size:
+        raise ValueError(
+            f"tokenizer '{place}' uses the id {last}, but the language model knows {vocab_size} tokens; "
+            "give the tokenizer of this checkpoint"
+        )
 
 
 def require_tokenizer(tokenizer: Any) -> None:

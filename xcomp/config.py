@@ -199,6 +199,8 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         written = _override(_read(path), overrides)
         content = OmegaConf.to_container(OmegaConf.create(written), resolve=True)
+    except ConfigError:
+        raise
     except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise ConfigError(f"config '{path}' cannot be read: {reason}") from error
@@ -242,7 +244,7 @@ def _override(content: Any, overrides: Sequence[str]) -> Any:
     if not isinstance(content, Mapping) or not overrides:
         return content
     for override in overrides:
-        _check_depth(override.partition("=")[2])
+        _check_override(override)
     before = _components(content)
     named = {path: {"name": node} if _is_plain_name(node) else node for path, node in before.items()}
     merged = _merged(_with_components(content, named), overrides)
@@ -255,6 +257,16 @@ def _override(content: Any, overrides: Sequence[str]) -> Any:
         elif isinstance(old, Mapping) and isinstance(node, Mapping) and node.get("name") != old.get("name"):
             changed[path] = said[path]
     return _with_components(merged, changed)
+
+
+def _check_override(override: str) -> None:
+    """ConfigError unless the value of a ``key=value`` is YAML that can be read."""
+    from yaml import YAMLError
+
+    try:
+        _check_depth(override.partition("=")[2])
+    except (YAMLError, ValueError) as error:
+        raise ConfigError(f"override {_short(override)} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _is_plain_name(node: Any) -> bool:
@@ -410,6 +422,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
             len(os.fsencode(config.name)) <= MAX_NAME,
             f"name is {_short(config.name)}; file systems take at most {MAX_NAME} bytes",
         ),
+        (bool(config.tune.train), f"tune.train is empty; name at least one of {', '.join(TRAINABLE)}"),
         *(
             (part in TRAINABLE, f"tune.train names '{part}';{nearest(part, TRAINABLE)} parts: {', '.join(TRAINABLE)}")
             for part in config.tune.train

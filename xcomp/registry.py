@@ -14,6 +14,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def _in_folders(kind: str, folders: Iterable[str | Path]) -> list[Plugin]:
     """Files of ``kind`` in each folder (told by the base that a class names), and in its sub-folder of that kind."""
     found = []
     for folder in map(Path, folders):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # Path.is_dir fails on a name that is too long
             raise PluginError(f"plugin folder '{folder}' does not exist; 'plugins' lists folders of Python files")
         flat = [f for f in _python_files(folder) if not _syntax_error(f) and _kind_of(f) == kind]
         files = [*flat, *_python_files(folder / KINDS[kind][0])]

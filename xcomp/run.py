@@ -41,6 +41,8 @@ FREE_KEYS = {
     "compare": ("batch_size", "trainer", "decoding", "memory", "tune"),
     "evaluate": ("arms", "batch_size", "trainer", "decoding", "memory", "tune"),
 }
+# Of the Trainer: the others cast whole models, and with them what must stay exact.
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 # Options of components that say where something is computed and how much of it at once.
 FREE_OPTIONS = ("device", "clip_batch", "frame_batch", "batch_size")
 
@@ -165,7 +167,10 @@ def check_run(config: RunConfig, command: str) -> None:
             message names the first difference.
     """
     folder = config.folder
-    there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    try:
+        there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    except OSError as error:  # a part of it is too long for the file system
+        raise ConfigError(f"run folder '{folder}' cannot be made: {error.strerror}; choose another 'output'") from error
     if not there.is_dir() or not os.access(there, os.W_OK):
         problem = "is not writable" if there.is_dir() else "is a file"
         raise ConfigError(f"run folder '{folder}' cannot be made: '{there}' {problem}; choose another 'output'")
@@ -218,10 +223,32 @@ def make_trainer(given: Mapping[str, Any], **defaults: Any) -> Trainer:
     for key in given:
         if key not in known:
             raise ConfigError(f"trainer has no option '{key}';{nearest(str(key), known)} see lightning.Trainer")
+    _check_nodes(given.get("num_nodes", 1))
     try:
-        return Trainer(**{**defaults, **given})
-    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
+        trainer = Trainer(**{**defaults, **given})
+    except (MisconfigurationException, TypeError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+    if trainer.precision not in PRECISIONS:
+        raise ConfigError(
+            f"trainer.precision is '{trainer.precision}'; it must be one of {', '.join(PRECISIONS)}: "
+            "what weights are held in is the backbone's dtype"
+        )
+    return trainer
+
+
+def _check_nodes(num_nodes: Any) -> None:
+    """ConfigError where several nodes are asked for and none says which this is: Lightning would wait for the others
+    without an end."""
+    from lightning.fabric.plugins.environments import LSFEnvironment, MPIEnvironment, SLURMEnvironment
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment as Torchrun
+
+    if not isinstance(num_nodes, int) or num_nodes < 2 or {"NODE_RANK", "GROUP_RANK"} & os.environ.keys():
+        return
+    if not any(launcher.detect() for launcher in (Torchrun, SLURMEnvironment, LSFEnvironment, MPIEnvironment)):
+        raise ConfigError(
+            f"trainer.num_nodes is {num_nodes}, but this process was started by no launcher that says which node it is "
+            "on; start it by torchrun, srun (SLURM), jsrun (LSF) or mpirun, or set MASTER_ADDR and NODE_RANK everywhere"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -641,7 +641,7 @@ def test_options_reach_the_model():
     assert model.model.config.vision_config._attn_implementation == "eager"
     owned = {p for modules in model.parts().values() for module in modules for p in module.parameters()}
     assert set(model.parameters()) == owned
-    default = Qwen25VL(Qwen25VL.Config(architecture=architecture(vision={"patch_size": 14})))
+    default = Qwen25VL(Qwen25VL.Config(architecture=architecture(vision={"patch_size": 14, "window_size": 112})))
     assert default.size == (252, 448) and default.tokens_per_frame == 144 and default.interval == 2.0
 
 
