@@ -60,7 +60,7 @@ def samples(backbone, videos):
 
 def own_loss(model, sample):
     """One sample's summed cross-entropy, its answer tokens and those predicted right, from the logits everywhere."""
-    tokens = model.backbone.encode(sample.pixels)
+    tokens = model.backbone.encode(model.backbone.pixel_format.normalise(sample.pixels))
     suffix, labels = sample.text.suffix_ids, sample.text.labels
     logits = model.decoder.logits(tokens, sample.text.prefix_ids, suffix, [len(suffix)])
     predicted, wanted = logits[:-1], labels[1:]  # each position predicts the next

@@ -72,13 +72,18 @@ def inspect(path: str, threads: int, sampling: Sampling) -> tuple[VideoInfo, flo
 def decode(path: str, reader: str, threads: int, frames: Sequence[int], formats: Sequence[PixelFormat]) -> Pixels:
     """The frames of these numbers (ascending) in each format; one frame is held at its own size at a time."""
     started = time.perf_counter()
+    arrays = read_resized(_video(path, reader, threads), frames, formats)
+    return Pixels(arrays, time.perf_counter() - started)
+
+
+def read_resized(video: Video, frames: Sequence[int], formats: Sequence[PixelFormat]) -> tuple[np.ndarray, ...]:
+    """Frames of these numbers (ascending, each once) in each format, (T, 3, h, w) uint8."""
     resized: list[list[np.ndarray]] = [[] for _ in formats]
-    for _, frame in _video(path, reader, threads).read(frames):
+    for _, frame in video.read(frames):
         picture = torch.from_numpy(frame).unsqueeze(0)
         for pieces, pixel_format in zip(resized, formats):
             pieces.append(pixel_format.resize(picture).numpy())
-    arrays = tuple(np.concatenate(pieces) for pieces in resized)
-    return Pixels(arrays, time.perf_counter() - started)
+    return tuple(np.concatenate(pieces) for pieces in resized)
 
 
 def _video(path: str, reader: str, threads: int) -> Video:

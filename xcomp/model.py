@@ -163,9 +163,10 @@ class VideoQA(L.LightningModule):
         return [outcomes[number] for number in range(len(queries))]
 
     def _encode(self, pixels: list[Tensor]) -> list[Tensor]:
-        """Tokens of several videos in one pass of the vision path: clips never interact before the LLM."""
+        """Tokens of several videos, resized frames, in one pass of the vision path: clips never interact there."""
         groups = [len(p) // self.backbone.merged_frames for p in pixels]
-        tokens = self.backbone.encode(torch.cat(pixels))
+        together = torch.cat(pixels).to(self.backbone.device)
+        tokens = self.backbone.encode(self.backbone.pixel_format.normalise(together, self.backbone.dtype))
         shape = (sum(groups), self.backbone.tokens_per_frame, self.backbone.text_config.hidden_size)
         check_encoded(name_of("backbone", self.backbone), tokens, shape)
         return list(tokens.split(groups))
@@ -186,7 +187,7 @@ class VideoQA(L.LightningModule):
 
     def _loss(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy over the answer tokens of a batch, and the share of them that is predicted right."""
-        tokens = self._encode([s.pixels.to(self.device, self.backbone.dtype) for s in batch])
+        tokens = self._encode([s.pixels for s in batch])
         first = [int((s.text.labels != IGNORED).nonzero()[0]) for s in batch]
         # The token before a label predicts it, so the last one need not be run.
         suffixes = [s.text.suffix_ids[:-1] for s in batch]

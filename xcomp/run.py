@@ -31,7 +31,7 @@ _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "omegaconf", 
 # that is below it. Tuning: what it does not read, and what leaves each step's mathematics alone.
 FREE_KEYS = {
     "tune": (
-        *("arms", "batch_size", "benchmark", "frames", "generation", "limit", "selector"),
+        *("arms", "batch_size", "benchmark", "decoding", "frames", "generation", "limit", "memory", "selector"),
         *("tune.gradient_checkpointing", "tune.num_workers", "tune.save_dtype", "tune.save_every", "tune.steps"),
         *("tune.validation", "trainer.limit_val_batches", "trainer.num_sanity_val_steps"),
         *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"),

@@ -46,8 +46,8 @@ def test_frames_are_drawn_by_item_and_seed_alone(backbone, video):
 def test_a_sample_shows_the_frames_it_says(backbone, video):
     sample = ConversationDataset(conversations(video), backbone, frames=[8])[3]
     with Video(video) as opened:
-        expected = backbone.preprocess(opened.frames(uniform_indices(opened.num_frames, 8)))
-    assert torch.equal(sample.pixels, expected)
+        expected = backbone.pixel_format.resize(opened.frames(uniform_indices(opened.num_frames, 8)))
+    assert torch.equal(sample.pixels, expected) and sample.pixels.dtype == torch.uint8
     text = backbone.tokenizer.decode(sample.text.suffix_ids)
     assert "lasts for 4.00 seconds, and 8 frames" in text and "What is 3?" in text
 

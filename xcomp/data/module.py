@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from xcomp.backbone import Backbone, ShownVideo
 from xcomp.config import RunConfig, Sampling
 from xcomp.data.records import Conversation, TokenisedConversation, load_conversations, tokenise
+from xcomp.decoding import read_resized
 from xcomp.sampling import uniform_indices
 from xcomp.video import Video
 
 
 @dataclass
 class Sample:
-    """One conversation ready for the model: pixels (T, 3, h, w) and token ids."""
+    """One conversation ready for the model: resized frames (T, 3, h, w) uint8 and token ids."""
 
     pixels: Tensor
     text: TokenisedConversation
@@ -54,8 +55,10 @@ class ConversationDataset(Dataset):
         conversation = self.conversations[item]
         with Video(conversation.video, reader=self.sampling.reader) as video:
             indices = self._indices(video, item, conversation.frames or self.frames)
-            pixels = self.backbone.preprocess(video.frames(indices))
-            times = tuple(i / video.fps for i in indices)
+            rows = {index: row for row, index in enumerate(sorted(set(indices)))}
+            (resized,) = read_resized(video, list(rows), (self.backbone.pixel_format,))
+            pixels = torch.from_numpy(resized)[[rows[index] for index in indices]]
+            times = tuple(video.times(indices))
             shown = ShownVideo(video.duration, len(indices), times)
         return Sample(pixels, tokenise(self.backbone, conversation, shown))
 
