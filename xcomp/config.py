@@ -23,7 +23,8 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from xcomp.registry import KINDS, build, configure, nearest
+from xcomp.messages import nearest
+from xcomp.registry import KINDS, build, configure
 from xcomp.shipped import built_in
 
 TRAINABLE = ("llm", "projector", "vision")

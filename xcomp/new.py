@@ -9,7 +9,8 @@ import keyword
 import re
 from pathlib import Path
 
-from xcomp.registry import KINDS, PluginError, nearest, plugins
+from xcomp.messages import nearest
+from xcomp.registry import KINDS, PluginError, plugins
 
 TEMPLATES = Path(__file__).parent / "templates"
 # What a plugin's node in YAML needs beside its name.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import xcomp
+from xcomp.messages import nearest
 
 # kind → (folder below xcomp and entry-point group, module of the contract, contract class)
 KINDS = {
@@ -52,12 +52,6 @@ class Plugin:
     @property
     def who(self) -> str:
         return f"{self.kind} '{self.name}' ({self.origin})"
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`` did you mean 'x'?`` for the known word nearest to ``word``, or an empty string."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" did you mean '{found[0]}'?" if found else ""
 
 
 def plugins(kind: str, folders: Iterable[str | Path] = ()) -> dict[str, Plugin]:

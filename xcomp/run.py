@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import xcomp
 from xcomp.config import ConfigError, RunConfig
-from xcomp.registry import nearest
+from xcomp.messages import nearest
 
 if TYPE_CHECKING:
     from lightning import Trainer

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from xcomp.registry import nearest
+from xcomp.messages import nearest
 
 SCHEDULES = ("cosine", "linear", "steps", "constant")
 ROUNDINGS = ("nearest", "ceil")

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from xcomp.config import ConfigError, RunConfig
 from xcomp.contract import check_methods
 from xcomp.data.module import ConversationData
+from xcomp.messages import nearest
 from xcomp.model import VideoQA
-from xcomp.registry import nearest
 from xcomp.resuming import (
     Resume,
     StepCheckpoints,

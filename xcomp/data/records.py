@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xcomp.backbone import Backbone, ShownVideo
 from xcomp.config import ConfigError, build_component
-from xcomp.registry import nearest
+from xcomp.messages import nearest
 
 IGNORED = -100
 _SOURCE_KEYS = ("records", "root", "benchmark", "tasks", "frames", "repeat")
