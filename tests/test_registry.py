@@ -263,7 +263,7 @@ def test_listing_imports_no_plugin_and_no_torch(folder):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     found, modules = json.loads(done.stdout)
     assert {"every_other", "loud", "lp_comp"} <= set(found["compressor"]) and all(found.values())
-    assert modules == ["xcomp", "xcomp.registry"]
+    assert modules == ["xcomp", "xcomp.messages", "xcomp.registry"]
 
 
 @pytest.fixture

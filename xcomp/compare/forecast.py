@@ -7,11 +7,11 @@ such, with the reason.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -273,7 +273,7 @@ def _questions(benchmark: Any, limit: int | None) -> tuple[list[Question], str |
 
 def _find_videos(questions: Sequence[Question], console: Console) -> list[str]:
     videos = list(dict.fromkeys(question.video for question in questions))
-    found = [video for video in videos if Path(video).exists()]
+    found = [video for video in videos if os.path.exists(video)]
     missing = [video for video in videos if video not in set(found)]
     console.print(f"{len(questions)} questions about {len(videos)} videos: {len(found)} found, {len(missing)} missing")
     for video in missing[:10]:

@@ -8,6 +8,7 @@ stopped, goes on where it was: questions that have an answer are not asked again
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -107,7 +108,7 @@ class Comparison:
         check_questions(name_of("benchmark", self.benchmark), questions)
         self.questions = questions[: self.config.limit]
         videos = dict.fromkeys(question.video for question in self.questions)
-        missing = [video for video in videos if not Path(video).exists()]
+        missing = [video for video in videos if not os.path.exists(video)]  # which takes any name
         if not missing:
             return
         shown = ", ".join(missing[:10]) + (" …" if len(missing) > 10 else "")
