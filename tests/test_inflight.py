@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import av
@@ -80,7 +81,9 @@ class Pool:
     def inspect(self, path):
         numbers = tuple(range(COUNT))
         info = VideoInfo(path, COUNT, 2.0, COUNT / 2, "test", "test 1", numbers, tuple(n / 2 for n in numbers))
-        return Pending(path, 0, None, lambda: (info, 0.5))
+        opened = Future()
+        opened.set_result((info, 0.5))
+        return Pending(path, 0, opened)
 
     def decode(self, path, frames, formats):
         self.on_their_way += 1

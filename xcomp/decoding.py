@@ -124,7 +124,8 @@ class Pending:
         self._path, self._limit, self._future, self._run = path, limit, future, run
 
     def done(self) -> bool:
-        return self._future is None or self._future.done()
+        """Whether ``result`` need not wait; without processes it always does the work itself."""
+        return self._future is not None and self._future.done()
 
     def result(self) -> Any:
         try:

@@ -124,6 +124,7 @@ class VideoInFlight:
     def pixels(self, frames: Sequence[int], pixel_format: PixelFormat | None = None) -> Tensor:
         """(T, 3, h, w) uint8 on the host: these frames in this format (default: the backbone's)."""
         _ = self.info
+        self.advance()
         return self._frames.get(frames, pixel_format or self.backbone.pixel_format)
 
     def normalised(self, frames: Sequence[int], pixel_format: PixelFormat | None = None) -> Tensor:
@@ -197,6 +198,7 @@ class VideoInFlight:
 
         The result is a :class:`xcomp.decoder.State`; whoever goes on from it forks it first.
         """
+        self.advance()
         found: dict[Hashable, Any] = {}
         if not self._states.take(key, self.ledger, found):
             with self.ledger.work(stage) as work:
