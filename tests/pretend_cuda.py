@@ -13,7 +13,7 @@ whose storage is marked. Promised:
 - ``.numpy()`` of a tensor there is a TypeError.
 - ``waits`` counts what makes the host wait until the device has done all that was asked of it: ``item`` (also by
   ``bool`` and ``int``), ``tolist``, ``equal``, ``nonzero`` and its kin, ``index by a mask``, ``copy to cpu``, and
-  ``copy to cuda``, since memory here is never pinned.
+  ``copy to cuda`` unless it is ``non_blocking``.
 - ``torch.cuda`` and Lightning find one device; ``torch.autocast("cuda")`` is the CPU's.
 
 Numbers are the CPU's, so code that takes the same steps on both devices gives the same to the last bit. Not promised:
@@ -129,7 +129,8 @@ class _Operations(TorchDispatchMode):
             known, places = {_storage(tensor) for tensor in given}, {place_of(tensor) for tensor in given}
             place = CUDA if CUDA in places else CPU if CPU in places else NOWHERE
             if name == "aten::copy_":
-                self._copied(*(place_of(tensor) for tensor in args[:2]))
+                if {place_of(args[0]), place_of(args[1])} == {CUDA, CPU}:
+                    _count_copy(self.waits, place_of(args[0]), *args[2:], **kwargs)
                 if place_of(args[0]) == NOWHERE:
                     put(args[0], place_of(args[1]))
             elif place == CUDA:
@@ -144,15 +145,16 @@ class _Operations(TorchDispatchMode):
                     put(tensor, place)
             return out
 
-    def _copied(self, target: str, source: str) -> None:
-        if {target, source} == {CUDA, CPU}:
-            self.waits[f"copy to {target}"] += 1
-
     def _count(self, name: str, args: Any) -> None:
         if name in WAITS:
             self.waits[WAITS[name]] += 1
         elif name in INDEXING and any(i.dtype == torch.bool and place_of(i) == CUDA for i in _tensors(args[1])):
             self.waits["index by a mask"] += 1
+
+
+def _count_copy(waits: Counter, place: str, non_blocking: bool = False) -> None:
+    if place == CPU or not non_blocking:
+        waits[f"copy to {place}"] += 1
 
 
 def _check(func: Any, args: Any, given: list[Tensor]) -> None:
@@ -206,22 +208,22 @@ def _attributes(waits: Counter) -> dict[str, Any]:
     own = {name: _outside(getattr(Tensor, name)) for name in names}
     is_cpu = Tensor.is_cpu.__get__
 
-    def move(x: Tensor, place: str) -> Tensor:
+    def move(x: Tensor, place: str, non_blocking: bool = False) -> Tensor:
         if place == place_of(x):
             return x
-        waits[f"copy to {place}"] += 1
+        _count_copy(waits, place, non_blocking)
         return _Move.apply(x, place)
 
     def to(x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
         other = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("other")
         if other is not None:
-            place, dtype, layout = place_of(other), other.dtype, None
+            place, dtype, non_blocking, layout = place_of(other), other.dtype, False, None
         else:
-            device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+            device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)
             place = place_of(x) if device is None else device.type
         if place not in (CUDA, CPU):  # meta
             return own["to"](x, *args, copy=copy, **kwargs)
-        moved = move(x, place)
+        moved = move(x, place, non_blocking)
         layout = torch.preserve_format if layout is None else layout
         return own["to"](moved, dtype=dtype or x.dtype, copy=copy and moved is x, memory_format=layout)
 
@@ -251,7 +253,7 @@ def _attributes(waits: Counter) -> dict[str, Any]:
         "is_cpu": property(lambda x: place_of(x) != CUDA and is_cpu(x)),
         "get_device": lambda x: 0 if place_of(x) == CUDA else own["get_device"](x),
         "to": to,
-        "cuda": lambda x, device=None, non_blocking=False, memory_format=None: move(x, CUDA),
+        "cuda": lambda x, device=None, non_blocking=False, memory_format=None: move(x, CUDA, non_blocking),
         "cpu": lambda x, memory_format=None: move(x, CPU),
         "type_as": lambda x, other: to(x, other),
         "new_tensor": new_tensor,

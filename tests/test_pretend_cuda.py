@@ -216,6 +216,15 @@ def test_waits_are_counted(name, waits):
     assert waits == {name: 1}
 
 
+def test_a_copy_there_that_does_not_block_does_not_wait(waits):
+    """Back it does: what it would give otherwise is not there yet."""
+    x = numbers(3).to("cuda", non_blocking=True)
+    x.copy_(numbers(3), non_blocking=True)
+    assert x.device == THERE and numbers(3).cuda(non_blocking=True).device == THERE and not waits
+    x.to("cpu", non_blocking=True)
+    assert waits == {"copy to cpu": 1}
+
+
 def test_a_condition_waits_and_a_computation_does_not(waits):
     x = torch.zeros(3, 3, device="cuda")
     y = (x @ x + 1).softmax(-1)[torch.tensor([1])].masked_fill(x[:1] > 0, 0)
