@@ -419,7 +419,7 @@ def test_errors_of_other_libraries_are_one_line():
 
 # --- mutations --------------------------------------------------------------------------------------------------------
 
-MUTATIONS = 5  # of each file; longer runs took thousands
+MUTATIONS = 3  # of each file; longer runs took thousands
 VALUES = [None, True, -1, 0, 3, 10**9, 10**30, -0.5, 1e30, math.nan, math.inf, "", "x", "../x", "\ud800", "a\0b", [],
           [1, 2], [None], {}, {"a": 1}]  # fmt: skip
 
@@ -468,12 +468,12 @@ def test_mutated_bytes_are_read_or_refused_in_one_line(plugin, damaged):
     folder = damaged(plugin)
     for file in sorted(folder.iterdir()):
         before = file.read_bytes()
-        for kind in ("cut", "flip", "flip", "noise", "empty"):
+        for kind in ("cut", "flip", "noise"):
             after = bytearray(before)
             if kind == "flip":
                 for _ in range(3):
                     after[draw.randrange(min(len(after), 4000))] = draw.randrange(256)
-            sizes = {"cut": draw.randrange(len(before)), "empty": 0}
+            sizes = {"cut": draw.randrange(len(before))}
             noise = bytes(draw.randrange(256) for _ in range(200))
             file.write_bytes(noise if kind == "noise" else after[: sizes.get(kind, len(after))])
             try:
