@@ -277,6 +277,7 @@ def test_a_bad_override_is_refused(write, override, message):
         ("- a\n- b\n", "must be a mapping of keys, not list"),
         ("just words\n", "has no key 'just words'"),
         ("5\n", "cannot be read"),
+        ("name: !!binary aGk=\n", "name is a bytes, not text, number, list or mapping"),
         ("name: ${nothing}\n", "cannot be read: Interpolation key 'nothing' not found"),
         (b"\xff\xfe\x00", "cannot be read"),
     ],

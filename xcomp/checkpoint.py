@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from xcomp.backbone import check_device
@@ -41,6 +42,7 @@ SIZES = {
                      "tokens_per_second", "mm_local_num_frames"), 1_000_000),
     **dict.fromkeys(("vocab_size", "max_position_embeddings"), 100_000_000),
 }  # fmt: skip
+MAX_DEPTH = 32  # of a JSON file
 SMALL = ("rms_norm_eps", "layer_norm_eps")  # added to what a root is taken of
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 FROM_PICKLE = (
@@ -137,9 +139,11 @@ def within(place: Any) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line; with its type where it says a word or two (a ``KeyError`` names the key)."""
+    """What an error says, in one line; with its type where it says a word or two."""
     text = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
     text = text if len(text) <= 400 else f"{text[:400]} …"
+    if isinstance(error, KeyError):
+        return f"{text} is missing or not known"
     return text if text.count(" ") > 1 else f"{type(error).__name__} {text}".strip()
 
 
@@ -147,13 +151,25 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
-    except RecursionError as error:
-        raise ValueError(f"'{path}' is nested too deep to be read; copy or download it again") from error
+        depth = _depth(value)
+    except RecursionError:
+        depth = math.inf
     except ValueError as error:
         raise ValueError(f"'{path}' is not valid JSON ({error}); copy or download it again") from error
+    if depth > MAX_DEPTH:
+        raise ValueError(f"'{path}' nests deeper than {MAX_DEPTH} levels; copy or download it again")
     if not isinstance(value, dict):
         raise ValueError(f"'{path}' must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def _depth(value: Any) -> int:
+    """How deep objects and lists lie in one another."""
+    depth, level = 0, [value]
+    while level := [v for v in level if isinstance(v, (dict, list))]:
+        level = [item for v in level for item in (v.values() if isinstance(v, dict) else v)]
+        depth += 1
+    return depth
 
 
 def _finite(text: str) -> float:
@@ -290,7 +306,7 @@ def read_config(folder: Path, needed: str) -> dict[str, Any]:
 
 
 def check_sizes(content: Any, where: str) -> None:
-    """ValueError unless the counts, sizes and small numbers in a config.json's content are such; a size may be null."""
+    """ValueError unless counts, sizes, small numbers and activations in a config.json are such; a size may be null."""
     for key, value in content.items() if isinstance(content, Mapping) else enumerate(content):
         whole = isinstance(value, int) and not isinstance(value, bool)
         if key in SIZES and value is not None and not (whole and 1 <= value <= SIZES[key]):
@@ -298,6 +314,8 @@ def check_sizes(content: Any, where: str) -> None:
         number = whole or isinstance(value, float)
         if key in SMALL and not (number and 0 < value < 1):
             raise ValueError(f"{where}: {key} is {_shortened(value)}; it must be a number above 0 and below 1")
+        if key in ("hidden_act", "projector_hidden_act") and not (isinstance(value, str) and value in ACT2FN):
+            raise ValueError(f"{where}: {key} is {_shortened(value)}; known: {', '.join(ACT2FN)}")
         if key == "rope_theta" and not (number and value > 0):
             raise ValueError(f"{where}: {key} is {_shortened(value)}; it must be a number above 0")
         if isinstance(value, (dict, list)):

@@ -368,6 +368,8 @@ def _check_values(value: Any, where: str, path: str = "", depth: int = 0) -> Non
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
             _check_values(item, where, f"{path}[{i}]", depth + 1)
+    elif not isinstance(value, (str, int, float, type(None))):
+        raise ConfigError(f"config '{where}': {path} is a {type(value).__name__}, not text, number, list or mapping")
 
 
 def _unwritable(text: str) -> str | None:
