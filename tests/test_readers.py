@@ -23,7 +23,8 @@ import torch
 from video_kinds import COUNT, HEIGHT, KINDS, WIDTH, Kind, Picture, draw, encode, h264, matrix, number_of, patched
 
 from xcomp.readers import AvReader
-from xcomp.timeline import _rate
+from xcomp.stream import VideoStream
+from xcomp.timeline import _from_demuxer, _from_index, _rate
 from xcomp.video import Video, VideoError
 
 OTHERS = [name for name in ("decord", "torchcodec") if importlib.util.find_spec(name)]
@@ -355,3 +356,21 @@ def test_the_rate_is_never_nonsense(declared: float, ticks: list[int], fps: floa
     inner = SimpleNamespace(average_rate=declared, guessed_rate=8)
     stream = SimpleNamespace(format="mov", stream=inner, tick=1 / 100)
     assert _rate(stream, np.array(ticks, np.int64)) == pytest.approx(fps)
+
+
+@pytest.mark.parametrize("name", ["av1", "prores", "vp9 in mp4"])
+def test_the_index_of_an_mp4_tells_what_its_packets_do(made: Callable, tmp_path: Path, name: str) -> None:
+    if name in KINDS:
+        _, path, _ = made(name)
+    else:
+        path = tmp_path / "clip.mp4"
+        KINDS["vp9"].make(path)
+    indexed, demuxed = _from_index(VideoStream(str(path))), _from_demuxer(VideoStream(str(path)))
+    for column in ("pts", "dts", "size", "key", "discard", "hidden", "damaged"):
+        assert getattr(indexed, column).tolist() == getattr(demuxed, column).tolist()
+
+
+@pytest.mark.parametrize("name", ["h264 with B-frames", "h264 in fragments", "h264 in mkv", "edit list", "vp8"])
+def test_no_index_is_believed_that_may_not_hold_all(made: Callable, name: str) -> None:
+    _, path, _ = made(name)
+    assert _from_index(VideoStream(str(path))) is None

@@ -7,7 +7,7 @@ by patching a few bytes of what it made.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -157,6 +157,30 @@ def turned(a: int, b: int, c: int, d: int, turn: Callable[[Picture], Picture]) -
     return Kind(patched(h264(), matrix(a, b, c, d)), ".mp4", turn=turn)
 
 
+def edited(*parts: tuple[int, int]) -> Callable[[bytes], bytes]:
+    """Replaces an MP4's edit list, given each part's first picture and how many there are."""
+
+    def boxes(data: bytes, names: Sequence[bytes]) -> Iterator[int]:
+        at = 0
+        for name in names:
+            while data[at + 4 : at + 8] != name:
+                at += int.from_bytes(data[at : at + 4], "big")
+            yield at
+            at += 8
+
+    def patch(data: bytes) -> bytes:
+        *around, at = boxes(data, [b"moov", b"trak", b"edts", b"elst"])
+        size = int.from_bytes(data[at : at + 4], "big")
+        rows = [struct.pack(">IiI", count * 1000 // RATE, first * 10240 // RATE, 1 << 16) for first, count in parts]
+        box = struct.pack(">I4sII", 16 + 12 * len(rows), b"elst", 0, len(rows)) + b"".join(rows)
+        patched = bytearray(data[:at] + box + data[at + size :])
+        for outer in around:  # what is stored comes before them, and stays where it is
+            patched[outer : outer + 4] = struct.pack(">I", int.from_bytes(data[outer:][:4], "big") + len(box) - size)
+        return bytes(patched)
+
+    return patch
+
+
 def renamed_box(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
     return lambda data: data.replace(old, new, 1)
 
@@ -270,6 +294,18 @@ KINDS: dict[str, Kind] = {
     "edit list without B-frames": Kind(copied(h264("bframes=0"), shifted(-2)), ".mp4", range(20, COUNT)),
     "edit list, h265": Kind(copied(h265("open-gop=1:bframes=3"), shifted(-2)), ".mp4", range(20, COUNT)),
     "edit list with an empty edit": Kind(copied(h264(), shifted(3)), ".mp4"),
+    "edit list of two parts": Kind(
+        patched(h264("bframes=0"), edited((30, 10), (3, 12))),
+        ".mp4",
+        [*range(30, 40), *range(3, 15)],
+        starts=[i / 10 for i in range(22)],
+    ),
+    "edit list that repeats": Kind(
+        patched(mpeg("mpeg4", 0), edited((5, 20), (5, 20))),
+        ".mp4",
+        [*range(5, 25)] * 2,
+        starts=[i / 10 for i in range(40)],
+    ),
     "negative times": Kind(copied(h264(), shifted(-2), {"avoid_negative_ts": "disabled"}), ".mkv"),
     "times from 1.7e9 s": Kind(copied(h264(), shifted(1_700_000_000)), ".mkv"),
     "times from 100 s in ts": Kind(copied(h264(), shifted(100)), ".ts"),
