@@ -59,7 +59,7 @@ def test_what_cannot_be_opened_is_a_video_error(tmp_path, workers):
 @pytest.mark.parametrize(
     "function, message",
     [
-        (misbehave.die, r"a.mp4: decoding it ended the process \(SIGKILL\)"),
+        (misbehave.die, r"a.mp4: the process that decodes it was ended \(SIGKILL\), twice"),
         (misbehave.abort, r"a.mp4: decoding it ended the process \(SIGABRT\)"),
         (misbehave.hang, "a.mp4: decoding took longer than 3 s; raise decoding.seconds"),
         (misbehave.grow, "a.mp4: decoding takes more memory than decoding.memory allows"),
@@ -94,7 +94,7 @@ def test_closing_ends_the_processes():
 def test_workers_and_threads_follow_from_the_cores(monkeypatch):
     def sizes(cores, ranks=1, **given):
         monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
-        monkeypatch.setattr("xcomp.decoding.ProcessPool", lambda *a, **k: type("P", (), {"schedule": print})())
+        monkeypatch.setattr("xcomp.decoding.Workers", lambda *a, **k: None)
         pool = DecodingPool(Decoding(**given), ranks=ranks)
         return pool.workers, pool.threads
 

@@ -2,30 +2,30 @@
 
 A piece of work is a file and some frame numbers; what comes back are bytes at the sizes that encoders take, so that a
 video's own size never reaches the model's process. A process that dies, takes too long or asks for too much memory is
-replaced, and its piece of work becomes a :class:`xcomp.video.VideoError`; the others go on.
+replaced, and its piece of work becomes a :class:`xcomp.video.VideoError`; the others go on. One that is killed from
+outside is replaced too, and its piece decoded once more (:mod:`xcomp.workers`).
 """
 
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from pebble import ProcessExpired, ProcessPool
 
 from xcomp.config import Decoding, Sampling
+from xcomp.messages import printable
 from xcomp.pixels import PixelFormat
 from xcomp.video import Video, VideoError
+from xcomp.workers import FROM_OUTSIDE, Task, WorkerEnded, WorkerNotStarted, Workers, WorkerTooSlow
 
 GIGABYTE = 1024**3
 
@@ -97,8 +97,7 @@ def _video(path: str, reader: str, threads: int) -> Video:
 
 
 def _start_worker(threads: int, memory: float) -> None:
-    """Sets a worker process up: no Ctrl-C of its own, gone with its parent, bounded memory."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Sets a worker process up: gone with its parent, bounded memory."""
     torch.set_num_threads(threads)
     if sys.platform == "linux":
         import resource
@@ -110,44 +109,43 @@ def _start_worker(threads: int, memory: float) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
-def _ready() -> None:
-    """Nothing: started so that the processes stand ready when the first video comes."""
-
-
 # --- in the model's process -------------------------------------------------------------------------------------------
 
 
 class Pending:
     """A piece of work that was handed out. ``result`` waits for it; what goes wrong with it is a VideoError."""
 
-    def __init__(self, path: str, limit: float, future: Future | None, run: Callable[[], Any] | None = None):
-        self._path, self._limit, self._future, self._run = path, limit, future, run
+    def __init__(self, path: str, limit: float, task: Task | None, run: Callable[[], Any] | None = None):
+        self._path, self._limit, self._task, self._run = path, limit, task, run
 
     def done(self) -> bool:
         """Whether ``result`` need not wait; without processes it always does the work itself."""
-        return self._future is not None and self._future.done()
+        return self._task is not None and self._task.done()
 
     def result(self) -> Any:
         try:
-            return self._run() if self._future is None else self._future.result()
+            return self._run() if self._task is None else self._task.result()
         except VideoError:
             raise
-        except ProcessExpired as error:
-            how = signal.Signals(-error.exitcode).name if (error.exitcode or 0) < 0 else f"status {error.exitcode}"
-            raise VideoError(f"{self._path}: decoding it ended the process ({how}); the file is broken") from error
-        except TimeoutError as error:
-            raise VideoError(
-                f"{self._path}: decoding took longer than {self._limit:g} s; raise decoding.seconds, or mend the file"
-            ) from error
-        except MemoryError as error:
-            raise VideoError(f"{self._path}: decoding takes more memory than decoding.memory allows") from error
-        except Exception as error:  # whatever else a file makes the decoder do is that file's error
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise VideoError(f"{self._path}: {reason}") from error
+        except Exception as error:  # whatever a file makes the decoder do is that file's error
+            raise VideoError(f"{printable(self._path)}: {self._reason(error)}") from error
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, WorkerTooSlow):
+            return f"decoding took longer than {self._limit:g} s; raise decoding.seconds, or mend the file"
+        if isinstance(error, WorkerNotStarted):
+            return f"a decoding process ended before it began ({error}); the machine may be out of memory"
+        if isinstance(error, WorkerEnded) and error.status in FROM_OUTSIDE:
+            return f"the process that decodes it was ended ({error}), twice; the machine may be out of memory"
+        if isinstance(error, WorkerEnded):
+            return f"decoding it ended the process ({error}); the file is broken"
+        if isinstance(error, MemoryError):
+            return "decoding takes more memory than decoding.memory allows"
+        return " ".join(f"{type(error).__name__}: {error}".split())
 
     def cancel(self) -> None:
-        if self._future is not None:
-            self._future.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
 
 class DecodingPool:
@@ -164,16 +162,10 @@ class DecodingPool:
         given, threads = self.options.workers, self.options.threads
         self.workers = min(4, max(1, cores // 2)) if given is None else given
         self.threads = max(1, cores // max(1, self.workers)) if threads is None else threads
-        self._pool: ProcessPool | None = None
+        self._workers: Workers | None = None
         if self.workers:
-            context = multiprocessing.get_context(
-                "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-            )
-            if hasattr(context, "set_forkserver_preload"):
-                context.set_forkserver_preload(["xcomp.decoding"])  # imported once, not by every worker
-            limits = (self.threads, self.options.memory)
-            self._pool = ProcessPool(self.workers, initializer=_start_worker, initargs=limits, context=context)
-            self._pool.schedule(_ready)
+            limits = self.threads, self.options.memory
+            self._workers = Workers(self.workers, _start_worker, limits, preload=["xcomp.decoding"])
 
     def inspect(self, path: str) -> Pending:
         """Open a video: its result is (:class:`VideoInfo`, seconds)."""
@@ -185,16 +177,15 @@ class DecodingPool:
 
     def _hand_out(self, function: Callable[..., Any], path: str, *args: Any) -> Pending:
         limit = self.options.seconds
-        if self._pool is None:
+        if self._workers is None:
             return Pending(path, limit, None, lambda: function(path, *args))
-        return Pending(path, limit, self._pool.schedule(function, (path, *args), timeout=limit))
+        return Pending(path, limit, self._workers.submit(function, path, *args, limit=limit))
 
     def close(self) -> None:
         """Ends the processes, whatever they are doing."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
         while _opened:
             _opened.popitem()[1].close()
 

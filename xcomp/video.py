@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from xcomp.messages import printable
 from xcomp.readers import READERS, Reader, first_line, open_reader
 from xcomp.sampling import VideoError
 
@@ -132,9 +133,7 @@ class Video:
         return self._source, wanted
 
     def _error(self, reason: str) -> VideoError:
-        # Names may hold line breaks and bytes that are no text.
-        name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.path)
-        return VideoError(f"{name}: {reason}")
+        return VideoError(f"{printable(self.path)}: {reason}")
 
     def close(self) -> None:
         """Releases the file. Closing twice is fine."""
