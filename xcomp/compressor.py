@@ -20,6 +20,43 @@ from xcomp.schedule import keep_slots, token_counts
 
 
 @dataclass(frozen=True)
+class About:
+    """What `xcomp plugins compressors` and the documentation tell of a method."""
+
+    source: str  # title or name of the paper and its arXiv number
+    acts: str  # where: "before the language model", "after layer 2", ...
+    trained: bool = False  # whether the published method needs tuning
+    deviates: str = ""  # where the default differs from the released code or the paper
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A share of the visual tokens, by one of three measures.
+
+    ``of``: ``input`` (tokens that enter the language model), ``final`` (tokens at its last layer) or ``layers`` (the
+    mean over layers), each as a share of the tokens that the vision path gives.
+    """
+
+    keep: float
+    of: str = "layers"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, bool) or not 0 < self.keep <= 1:
+            raise ValueError(f"budget.keep is {self.keep}; it must be a share above 0 and at most 1")
+        if self.of not in ("input", "final", "layers"):
+            raise ValueError(f"budget.of is '{self.of}'; it must be input, final or layers")
+
+
+@dataclass(frozen=True)
+class QuestionTokens:
+    """What is asked, for compressors that look at it: the text behind the video, ids (Q,) and embeddings (Q, D)."""
+
+    ids: Tensor
+    embeddings: Tensor
+    text: str | None = None  # the question's own words, where they are known
+
+
+@dataclass(frozen=True)
 class LayerOutput:
     """What a data-dependent rule sees after layer ``layer`` (0-based): ``hidden`` (B, S, D) and who is where.
 

@@ -674,7 +674,7 @@ def test_shortest_edge_and_crop():
 @pytest.mark.parametrize(
     "frames, options, message",
     [
-        (torch.zeros(2, 8, 8, 3), {}, r"\(T, H, W, 3\) uint8, not \(2, 8, 8, 3\) torch.float32"),
+        (torch.zeros(2, 8, 8, 3), {}, r"\(T, H, W, 3\) uint8, T at least 1, not \(2, 8, 8, 3\) torch.float32"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {}, "colour channel last"),
         (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), {"crop": 9}, r"crop \(9, 9\) is larger"),
     ],
