@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from xcomp.compressor import Compressor, LayerOutput
+from xcomp.schedule import check_stages, stage_layers
 
 
 class AttentionDrop(Compressor):
@@ -32,8 +33,7 @@ class AttentionDrop(Compressor):
         def __post_init__(self) -> None:
             if not self.layers or len(self.layers) != len(self.ratios):
                 raise ValueError(f"layers {self.layers} and ratios {self.ratios} must be as many, and at least one")
-            if any(layer <= 0 or (layer > 1 and layer != int(layer)) for layer in self.layers):
-                raise ValueError(f"layers {self.layers} must be layer numbers from 1, or depths between 0 and 1")
+            check_stages(self.layers)
             before = 1.0
             for ratio in self.ratios:
                 if not 0 < ratio <= before:
@@ -48,17 +48,7 @@ class AttentionDrop(Compressor):
 
     def stages(self, num_layers: int) -> list[int]:
         """The layers (1-based) after which tokens leave. ValueError if they are not ascending or out of range."""
-        # A depth that is small for this model still means a layer of it, and one drop a layer.
-        wanted = [round(depth * num_layers) if depth < 1 else int(depth) for depth in self.config.layers]
-        layers: list[int] = []
-        for layer, given in zip(wanted, self.config.layers):
-            layers.append(max(layer, layers[-1] + 1 if layers else 1) if given < 1 else layer)
-        if any(a >= b for a, b in zip(layers, layers[1:])) or not 1 <= layers[-1] < num_layers:
-            raise ValueError(
-                f"attention_drop: layers {self.config.layers} are {layers} of {num_layers} layers; "
-                f"they must ascend within 1..{num_layers - 1}"
-            )
-        return layers
+        return stage_layers(getattr(self, "plugin_name", "attention_drop"), self.config.layers, num_layers)
 
     @torch.no_grad()
     def after_layer(self, output: LayerOutput) -> Tensor | None:

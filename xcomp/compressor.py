@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from xcomp.backbone import Backbone, Rotary, attention_probabilities
+from xcomp.backbone import ATTENTION_BLOCK, Backbone, Rotary, attention_probabilities
 from xcomp.layout import TokenLayout, gather
 from xcomp.schedule import keep_slots, token_counts
 
@@ -72,17 +73,33 @@ class LayerOutput:
     rotary: Rotary
     query_index: Tensor
     num_visual: list[int]
+    entered: Tensor | None = None  # (B, S, D) the layer's input
+
+    def attention(self, rows: Tensor, layer: str = "next", heads: str = "mean") -> Tensor:
+        """Attention that the positions ``rows`` (B, R) pay in the next layer, or in ``this`` one, to what they see.
+
+        (B, R, S) float32, the ``mean`` or ``max`` over heads, or (B, H, R, S) for ``all``. Computed for these rows
+        alone, as many at a time as ``ATTENTION_BLOCK`` allows.
+        """
+        number, hidden = (self.layer, self.entered) if layer == "this" else (self.layer + 1, self.hidden)
+        if number == self.num_layers:
+            raise ValueError(f"there is no layer after layer {self.num_layers}")
+        if hidden is None:
+            raise ValueError(f"what entered layer {self.layer + 1} is not known here")
+        normed = self.backbone.input_norm(number, hidden)
+        keys = self.rotary.apply(self.backbone.project_keys_values(number, normed)[0])
+        num_heads = self.backbone.text_config.num_attention_heads
+        over_heads = {"mean": lambda x: x.mean(1), "max": lambda x: x.amax(1), "all": lambda x: x}[heads]
+        blocks = []
+        for part in rows.split(max(1, ATTENTION_BLOCK // (len(hidden) * num_heads * hidden.shape[1])), 1):
+            queries = self.rotary.rows(part).apply(self.backbone.project_queries(number, gather(normed, part)))
+            mask = self.layout.causal_mask(part, hidden.device)
+            blocks.append(over_heads(attention_probabilities(queries, keys, mask)))
+        return torch.cat(blocks, -2)
 
     def attention_of_query(self) -> Tensor:
         """(B, S) attention that ``query_index`` pays in the next layer to what it sees, float32, mean over heads."""
-        if self.layer + 1 == self.num_layers:
-            raise ValueError(f"there is no layer after layer {self.num_layers}")
-        backbone, layer, rows = self.backbone, self.layer + 1, self.query_index.unsqueeze(1)
-        normed = backbone.input_norm(layer, self.hidden)
-        keys = self.rotary.apply(backbone.project_keys_values(layer, normed)[0])
-        queries = self.rotary.rows(rows).apply(backbone.project_queries(layer, gather(normed, rows)))
-        mask = self.layout.causal_mask(rows, self.hidden.device)
-        return attention_probabilities(queries, keys, mask).mean(1)[:, 0]
+        return self.attention(self.query_index.unsqueeze(1))[:, 0]
 
 
 class Compressor(nn.Module):

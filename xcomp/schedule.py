@@ -145,3 +145,26 @@ def _uniform_removal(tokens_per_frame: int) -> tuple[int, ...]:
             costs.append(sum((p - g) ** 2 for p, g in zip(rest, grid)))  # zip stops before p_n
         order.append(left.pop(costs.index(min(costs))) - 1)
     return tuple(order)
+
+
+def check_stages(layers: list[float]) -> None:
+    """ValueError unless these are layer numbers from 1, or depths between 0 and 1."""
+    if any(layer <= 0 or (layer > 1 and layer != int(layer)) for layer in layers):
+        raise ValueError(f"layers {layers} must be layer numbers from 1, or depths between 0 and 1")
+
+
+def stage_layers(name: str, layers: list[float], num_layers: int) -> list[int]:
+    """The layers (1-based) after which tokens leave: numbers as they are, depths below 1 as a share of ``num_layers``.
+
+    ValueError, in the name of a method, if they are not ascending or out of range.
+    """
+    # A depth that is small for this model still means a layer of it, and one drop a layer.
+    wanted = [round(depth * num_layers) if depth < 1 else int(depth) for depth in layers]
+    found: list[int] = []
+    for layer, given in zip(wanted, layers):
+        found.append(max(layer, found[-1] + 1 if found else 1) if given < 1 else layer)
+    if any(a >= b for a, b in zip(found, found[1:])) or not 1 <= found[0] <= found[-1] < num_layers:
+        raise ValueError(
+            f"{name}: layers {layers} are {found} of {num_layers} layers; they must ascend within 1..{num_layers - 1}"
+        )
+    return found
