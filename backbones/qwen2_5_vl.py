@@ -77,7 +77,7 @@ def rope_positions(layout: TokenLayout, grid: tuple[int, int], interval: float) 
     place = text.cumsum(1) - 1 + max(grid) * behind
     start = (text & ~behind).sum(1, keepdim=True)
     # Of fewer tokens than the grid has, each stands in the middle of a run.
-    slot = (2 * layout.slot + 1) * (grid[0] * grid[1]) // (2 * max(layout.frame_tokens, 1))
+    slot = (2 * layout.places + 1) * (grid[0] * grid[1]) // (2 * max(layout.frame_tokens, 1))
     where = torch.stack([(layout.frame * interval).long(), slot // grid[1], slot % grid[1]])
     return torch.where(visual, start + where, place)
 

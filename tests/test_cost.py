@@ -168,8 +168,8 @@ def test_the_language_model_is_counted_as_it_is_run(compressor, drop_early, monk
 
 
 def test_a_pass_that_looks_at_the_data_counts_what_each_layer_had():
-    layers = counted_layers([8, 8, 3], 5)
-    assert layers == [LayerWork(13, 13, 91, 13), LayerWork(13, 13, 91, 13), LayerWork(8, 1, 8, 1)]
+    layers = counted_layers([13, 13, 8], [13, 8])
+    assert layers == [LayerWork(13, 13, 91, 13), LayerWork(13, 13, 91, 8), LayerWork(8, 1, 8, 1)]
     assert appended_layers([4, 2], 3)[-1] == LayerWork(3, 1, 5, 1)
 
 

@@ -52,7 +52,7 @@ def reference_logits(backbone, rule, visual, prefix, suffix):
         mask = mask | torch.eye(len(slots), dtype=torch.bool)  # a dropped row must look somewhere
         weights = attention_probabilities(queries, apply_rope(keys, cos, sin), mask)
         attended = (weights @ repeat_heads(values, weights.shape[1])).transpose(1, 2).flatten(2)
-        hidden = backbone.output(layer, hidden, attended)
+        hidden = backbone.add_mlp(layer, backbone.add_attention(layer, hidden, attended))
     return backbone.head(hidden)[0]
 
 

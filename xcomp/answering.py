@@ -221,7 +221,7 @@ class Answerer:
                     times=times,
                     duration=info.duration,
                     tokens_per_layer=per_layer[row],
-                    tokens_in=(int(layout.frame[row].max()) + 1) * layout.frame_tokens,
+                    tokens_in=entered[row],
                     work=work,
                     scores=None if choice.scores is None else list(choice.scores),
                     candidate_times=None if choice.scores is None else list(info.times),

@@ -257,10 +257,12 @@ class Backbone(nn.Module):
     def positions(self, layout: TokenLayout) -> Tensor:
         """Positions at a layer whose tokens ``layout`` describes: (1 or B, S) long on the CPU; padding's are anything.
 
-        Here the running count, as in the Llama family: where tokens left, the rest is counted anew. A model whose
-        tokens keep their places on several axes computes (axes, B, S) from ``layout.frame`` and ``layout.slot``: they
-        say the same of a token at every layer. Text that follows text goes on by one on every axis.
+        Here the running count, as in the Llama family: where tokens left, the rest is counted anew, unless the rule
+        keeps positions (``layout.position``). A model whose tokens keep their places on several axes computes
+        (axes, B, S) from ``layout.frame`` and ``layout.places``: they say the same of a token at every layer. Text that follows text goes on by one on every axis.
         """
+        if layout.position is not None:
+            return layout.position
         if layout.gaps:
             return layout.real.cumsum(1) - 1
         return torch.arange(layout.width).unsqueeze(0)
@@ -325,12 +327,19 @@ class Backbone(nn.Module):
             )
         return attended.flatten(2)
 
-    def output(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Finish a layer: residual ``hidden`` (B, S, D) and attention result ``attended`` (B, S, H·K) → (B, S, D)."""
+    def add_attention(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
+        """End of a layer's first half: residual ``hidden`` (B, S, D) and ``attended`` (B, S, H·K) → (B, S, D)."""
+        return hidden + self.language_model.layers[layer].self_attn.o_proj(attended)
+
+    def add_mlp(self, layer: int, hidden: Tensor) -> Tensor:
+        """A layer's second half: (B, S, D) → (B, S, D)."""
         block = self.language_model.layers[layer]
-        hidden = hidden + block.self_attn.o_proj(attended)
         return hidden + block.mlp(block.post_attention_layernorm(hidden))
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """What stands between the last layer and the head: (…, D) → (…, D)."""
+        return self.language_model.norm(hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Last layer's output (…, D) → logits (…, V), final norm included."""
-        return self.lm_head(self.language_model.norm(hidden))
+        return self.lm_head(self.final_norm(hidden))

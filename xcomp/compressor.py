@@ -1,15 +1,18 @@
 """The compressor contract: which visual tokens survive, before the language model and between its layers.
 
-A compressor acts in one or more of three places:
+A compressor acts in one or more of these places and inherits the others, which keep everything:
 
-- ``before_llm`` changes the tokens themselves (pooling, merging);
+- ``before_llm`` pools or merges frames that are whole; ``compress`` does anything to a video's tokens before the first
+  layer (prune, merge, leave frames of unequal length, look at the question);
 - ``plan`` names, ahead of time, the slots of each frame that every layer keeps (LP-Comp and its ablations);
-- ``after_layer`` decides from the data what the next layer keeps (attention-based rules).
+- ``before_layers``, ``after_attention`` and ``after_layer`` decide from the data what goes on (``plan`` is then None);
+- ``while_decoding`` hides stored visual tokens from an answer's tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from xcomp.backbone import ATTENTION_BLOCK, Backbone, Rotary, attention_probabilities
 from xcomp.layout import TokenLayout, gather
 from xcomp.schedule import keep_slots, token_counts
+from xcomp.visual import VisualTokens
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,32 @@ class QuestionTokens:
 
     ids: Tensor
     embeddings: Tensor
-    text: str | None = None  # the question's own words, where they are known
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What goes on after a rule, sample by sample.
+
+    ``order``: of each sample the positions that go on, long, in their new order: all of the text, and at least one
+    visual token. A merged token is named by the position of one of those that it stands for. ``hidden``: new values of
+    these positions, (len(order), D) a sample; None: as they were. ``size``: how many tokens each stands for, in tokens
+    that entered the language model; None: as before.
+    """
+
+    order: Sequence[Tensor]
+    hidden: Sequence[Tensor] | None = None
+    size: Sequence[Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """What a data-dependent rule sees after layer ``layer`` (0-based): ``hidden`` (B, S, D) and who is where.
+    """What a rule inside the language model sees: ``hidden`` (B, S, D) and who is where (``layout``).
 
-    ``rotary`` has the tables of the positions. ``query_index`` (B,) is where each sample's prompt ends, the position
-    that the answer is read from; ``num_visual`` how many visual tokens each brought into the language model.
+    ``layer`` is 0-based; after a layer ``hidden`` is its output, after its attention what its MLP is about to take, and
+    before the first layer (``layer`` −1) the embeddings. ``query_index`` (B,) is where each sample's prompt ends, the
+    position that the answer is read from; ``num_visual`` how many visual tokens each brought into the language model;
+    ``embeddings`` (B, S₀, D) and ``entered`` what all of them were there. ``state`` lives as long as the pass: whatever
+    a rule has to remember stands there, not on the rule, which serves many passes.
     """
 
     layer: int
@@ -73,7 +94,27 @@ class LayerOutput:
     rotary: Rotary
     query_index: Tensor
     num_visual: list[int]
-    entered: Tensor | None = None  # (B, S, D) the layer's input
+    embeddings: Tensor
+    entered: TokenLayout
+    state: dict[str, Any] = field(default_factory=dict)
+    layer_input: Tensor | None = None  # (B, S, D): where no token left within the layer
+    layer_keys: Tensor | None = None  # (B, H_kv, S, K) after RoPE, where they are cached
+    macs: list[int] = field(default_factory=list)  # of what was asked here; a rule adds its own large products
+
+    def text_behind(self, row: int) -> Tensor:
+        """Positions of a sample's text behind its video."""
+        real, visual = self.layout.real[row], self.layout.visual[row]
+        return (real & ~visual & (visual.cumsum(0) > 0)).nonzero()[:, 0]
+
+    def keys(self, layer: str = "this") -> Tensor:
+        """(B, H_kv, S, K) keys after RoPE of ``this`` layer, or of the ``next``."""
+        if layer == "this" and self.layer_keys is not None:
+            return self.layer_keys
+        number, hidden = self._at(layer)
+        normed = self.backbone.input_norm(number, hidden)
+        keys = self.rotary.apply(self.backbone.project_keys_values(number, normed)[0])
+        self.macs.append(2 * keys.numel() * hidden.shape[-1])  # the values are projected, too
+        return keys
 
     def attention(self, rows: Tensor, layer: str = "next", heads: str = "mean") -> Tensor:
         """Attention that the positions ``rows`` (B, R) pay in the next layer, or in ``this`` one, to what they see.
@@ -81,50 +122,117 @@ class LayerOutput:
         (B, R, S) float32, the ``mean`` or ``max`` over heads, or (B, H, R, S) for ``all``. Computed for these rows
         alone, as many at a time as ``ATTENTION_BLOCK`` allows.
         """
-        number, hidden = (self.layer, self.entered) if layer == "this" else (self.layer + 1, self.hidden)
-        if number == self.num_layers:
-            raise ValueError(f"there is no layer after layer {self.num_layers}")
-        if hidden is None:
-            raise ValueError(f"what entered layer {self.layer + 1} is not known here")
-        normed = self.backbone.input_norm(number, hidden)
-        keys = self.rotary.apply(self.backbone.project_keys_values(number, normed)[0])
+        number, hidden = self._at(layer)
+        keys = self.keys(layer)
         num_heads = self.backbone.text_config.num_attention_heads
         over_heads = {"mean": lambda x: x.mean(1), "max": lambda x: x.amax(1), "all": lambda x: x}[heads]
         blocks = []
         for part in rows.split(max(1, ATTENTION_BLOCK // (len(hidden) * num_heads * hidden.shape[1])), 1):
-            queries = self.rotary.rows(part).apply(self.backbone.project_queries(number, gather(normed, part)))
+            normed = self.backbone.input_norm(number, gather(hidden, part))
+            queries = self.rotary.rows(part).apply(self.backbone.project_queries(number, normed))
             mask = self.layout.causal_mask(part, hidden.device)
             blocks.append(over_heads(attention_probabilities(queries, keys, mask)))
+            self.macs.append(queries.numel() * (hidden.shape[-1] + keys.shape[2]))
         return torch.cat(blocks, -2)
 
-    def attention_of_query(self) -> Tensor:
-        """(B, S) attention that ``query_index`` pays in the next layer to what it sees, float32, mean over heads."""
-        return self.attention(self.query_index.unsqueeze(1))[:, 0]
+    def attention_of_query(self, layer: str = "next") -> Tensor:
+        """(B, S) attention that ``query_index`` pays to what it sees, float32, mean over heads."""
+        return self.attention(self.query_index.unsqueeze(1), layer)[:, 0]
+
+    def _at(self, layer: str) -> tuple[int, Tensor]:
+        if layer not in ("this", "next"):
+            raise ValueError(f"layer is '{layer}'; it must be this or next")
+        if layer == "next":
+            if self.layer + 1 == self.num_layers:
+                raise ValueError(f"there is no layer after layer {self.num_layers}")
+            return self.layer + 1, self.hidden
+        if self.layer_input is None:
+            raise ValueError("this layer's attention is known neither before the first layer nor once tokens left in it")
+        return self.layer, self.layer_input
+
+
+@dataclass(frozen=True)
+class DecodingStep:
+    """What a rule sees at a layer for one new token of each answer: ``queries`` (B, H, 1, K) and ``keys``
+    (B, H_kv, S, K) after RoPE, the keys' ``layout``, and a ``state`` that lives as long as the answers."""
+
+    layer: int
+    num_layers: int
+    queries: Tensor
+    keys: Tensor
+    layout: TokenLayout
+    state: dict[str, Any]
+
+    def attention(self) -> Tensor:
+        """(B, S) attention of the new token, float32, mean over heads."""
+        real = self.layout.real.to(self.keys.device)[:, None, None]
+        return attention_probabilities(self.queries, self.keys, real).mean(1)[:, 0]
 
 
 class Compressor(nn.Module):
-    """Base class of all compressors; the defaults keep every token."""
+    """Base class of all compressors; the defaults keep every token.
+
+    A compressor with parameters of its own makes them in ``build(width)``, so that they have the backbone's width;
+    they are trained where ``tune.train`` names ``compressor``, saved with the model and loaded from there.
+    """
 
     Config: type
+    about: About | None = None
+    needs: tuple[str, ...] = ()  # names of xcomp.visual.TOWER_FEATURES that ``compress`` reads
+    uses_question: bool = False  # whether ``compress`` looks at the question: videos are then not stored without it
+    keeps_positions: bool = False  # inside the language model: tokens keep their positions when others leave
 
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
 
+    def build(self, width: int) -> None:
+        """Make modules and parameters for a language model of that width (D); asked once, before anything runs."""
+
     def before_llm(self, tokens: Tensor) -> Tensor:
         """Visual tokens (T, N, D) → (T', N', D) before the first layer."""
         return tokens
 
+    def compress(self, visual: VisualTokens, question: QuestionTokens | None) -> VisualTokens:
+        """A video's tokens → those that enter the language model.
+
+        ``question`` is None unless the class says ``uses_question``.
+        """
+        if type(self).before_llm is Compressor.before_llm and "before_llm" not in self.__dict__:
+            return visual
+        frames = self.before_llm(visual.frames())
+        return VisualTokens.from_frames(frames) if isinstance(frames, Tensor) and frames.ndim == 3 else frames
+
     def plan(self, num_layers: int, tokens_per_frame: int) -> list[tuple[int, ...]] | None:
         """Ascending slots (0-based, of the N that enter the language model) kept at each layer.
 
-        None means that it depends on the data: then ``after_layer`` is asked.
+        None means that it depends on the data: then the rules below are asked.
         """
         return [tuple(range(tokens_per_frame))] * num_layers
 
-    def after_layer(self, output: LayerOutput) -> Tensor | None:
-        """After a layer: (B, S) bool, True for visual positions to keep; None keeps all. Text always stays."""
+    def before_layers(self, output: LayerOutput) -> Tensor | Reduction | None:
+        """Before the first layer: (B, S) bool, True for visual positions to keep; a Reduction; None keeps all."""
         return None
+
+    def after_attention(self, output: LayerOutput) -> Tensor | Reduction | None:
+        """Between a layer's attention and its MLP; the answers as ``before_layers``'. Text always stays."""
+        return None
+
+    def after_layer(self, output: LayerOutput) -> Tensor | Reduction | None:
+        """After a layer, not asked after the last; the answers as ``before_layers``'."""
+        return None
+
+    def while_decoding(self, step: DecodingStep) -> Tensor | None:
+        """After a layer's attention, for one token of an answer: (B, S) bool, False for visual keys that this token is
+        not to see in the layers that follow; None hides nothing new."""
+        return None
+
+    @classmethod
+    def for_budget(cls, config: Any, budget: Budget, num_layers: int, tokens_per_frame: int) -> Any:
+        """The options (a Config) that give a budget on such a model. ValueError, one line, if none do."""
+        if budget.keep == 1:
+            return config
+        raise ValueError(f"a budget of {budget.keep:g} of {budget.of} means nothing to it: set its own options")
 
 
 class PlannedDrop(Compressor):
@@ -145,3 +253,44 @@ class PlannedDrop(Compressor):
         )
         rule = self.rule or c.rule
         return keep_slots(rule, counts, tokens_per_frame, seed=getattr(c, "seed", 0))
+
+
+class Chain(Compressor):
+    """Compressors one after the other: each before the language model in turn, at most one inside it."""
+
+    def __init__(self, parts: Sequence[Compressor]):
+        super().__init__(None)
+        inside = [part for part in parts if acts_inside(part)]
+        if len(inside) > 1:
+            names = " and ".join(f"'{getattr(part, 'plugin_name', type(part).__name__)}'" for part in inside)
+            raise ValueError(f"{names} all act inside the language model; at most one of a list may")
+        self.parts = nn.ModuleList(parts)
+        self.inside = inside[0] if inside else Compressor(None)
+        self.needs = tuple(dict.fromkeys(need for part in parts for need in part.needs))
+        self.uses_question = any(part.uses_question for part in parts)
+        self.keeps_positions = self.inside.keeps_positions
+        for name in ("plan", "before_layers", "after_attention", "after_layer", "while_decoding"):
+            setattr(self, name, getattr(self.inside, name))
+
+    def build(self, width: int) -> None:
+        for part in self.parts:
+            part.build(width)
+
+    def compress(self, visual: VisualTokens, question: QuestionTokens | None) -> VisualTokens:
+        for part in self.parts:
+            visual = part.compress(visual, question if part.uses_question else None)
+        return visual
+
+
+RULES = ("before_layers", "after_attention", "after_layer", "while_decoding")
+
+
+def defines(compressor: Compressor, method: str) -> bool:
+    """Whether a compressor has a method of its own, not the contract's."""
+    own = getattr(compressor, method)
+    return getattr(own, "__func__", own) is not getattr(Compressor, method)
+
+
+def acts_inside(compressor: Compressor) -> bool:
+    """Whether a compressor does anything inside the language model."""
+    return any(defines(compressor, method) for method in ("plan", *RULES))

@@ -17,6 +17,7 @@ from xcomp.benchmark import Question
 from xcomp.layout import TokenLayout
 from xcomp.pixels import PixelFormat
 from xcomp.registry import KINDS
+from xcomp.visual import VisualTokens
 
 
 class ContractError(ValueError):
@@ -65,12 +66,62 @@ def check_before_llm(who: str, given: Tensor, returned: Any) -> None:
     require(fewer, who, clause)
 
 
-def check_keep(who: str, keep: Any, layout: TokenLayout) -> None:
+def check_compressed(who: str, given: VisualTokens, returned: Any) -> None:
+    """What ``compress`` returns, whether it is written by ``before_llm`` or by itself."""
+    if not isinstance(returned, VisualTokens):
+        if given.is_whole:
+            check_before_llm(who, given.frames(), returned)
+        require(False, who, f"compress() must return VisualTokens, not {describe(returned, False)}")
+    if returned is given:
+        return
+    if returned.is_whole and given.is_whole and returned.size is None:
+        check_before_llm(who, given.frames(), returned.frames())
+        return
+    count, fields = len(returned), {"frame": returned.frame, "slot": returned.slot}
+    require(returned.tokens.shape[1:] == given.tokens.shape[1:], who, "compress() must keep the tokens' width")
+    fewer = f"compress() must keep at least 1 token and add none: {len(given)} became {count}"
+    require(0 < count <= len(given), who, fewer)
+    for name, values in fields.items():
+        right = isinstance(values, Tensor) and values.dtype == torch.long and values.shape == (count,)
+        require(right, who, f"compress(): {name} must be ({count},) long, not {describe(values)}")
+    frame, slot = returned.frame.cpu(), returned.slot.cpu()
+    require((frame.diff() >= 0).all(), who, "compress(): frames must not descend from token to token")
+    inside = ((frame >= 0) & (frame < returned.num_frames) & (slot >= 0) & (slot < returned.frame_tokens)).all()
+    limits = f"0..{returned.num_frames - 1} and slots within 0..{returned.frame_tokens - 1}"
+    require(inside, who, f"compress() must name frames within {limits}")
+    crowded = torch.bincount(frame).max() > returned.frame_tokens
+    require(not crowded, who, f"compress() must leave a frame at most its {returned.frame_tokens} tokens")
+    right = returned.size is None or returned.size.shape == (count,)
+    require(right, who, f"compress(): size must be None or ({count},)")
+
+
+def check_keep(who: str, keep: Any, layout: TokenLayout, method: str = "after_layer") -> None:
     shape = tuple(layout.real.shape)
     right = isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.shape == shape
-    require(right, who, f"after_layer() must return None or (B, S) = {shape} bool, not {describe(keep)}")
+    require(right, who, f"{method}() must return None, a Reduction or (B, S) = {shape} bool, not {describe(keep)}")
     left = (keep.cpu() & layout.visual).any(1)
-    require(left.all(), who, "after_layer() must keep a visual token of every sample")
+    require(left.all(), who, f"{method}() must keep a visual token of every sample")
+
+
+def check_reduction(who: str, found: Any, layout: TokenLayout, width: int, method: str) -> None:
+    """``found`` is a Reduction of a pass over ``layout`` with hidden states of ``width``."""
+    batch = len(layout.real)
+    require(len(found.order) == batch, who, f"{method}(): order must name the positions of {batch} samples")
+    for row, order in enumerate(found.order):
+        right = isinstance(order, Tensor) and order.dtype == torch.long and order.ndim == 1
+        require(right, who, f"{method}(): order must be 1-D long a sample, not {describe(order)}")
+        order = order.cpu()
+        once = len(order.unique()) == len(order) and ((order >= 0) & (order < layout.width)).all()
+        require(once and layout.real[row, order].all(), who, f"{method}(): order must name real positions, each once")
+        text = (layout.real[row] & ~layout.visual[row]).nonzero()[:, 0]
+        kept = order[~layout.visual[row, order]]
+        require(torch.equal(kept, text), who, f"{method}(): order must name all of the text, in its order")
+        require(len(order) > len(kept), who, f"{method}() must keep a visual token of every sample")
+        if found.hidden is not None:
+            right = found.hidden[row].shape == (len(order), width)
+            require(right, who, f"{method}(): hidden must be ({len(order)}, {width}), not {describe(found.hidden[row])}")
+        if found.size is not None:
+            require(found.size[row].shape == (len(order),), who, f"{method}(): size must be ({len(order)},)")
 
 
 def check_plan(plan: list[tuple[int, ...]], num_layers: int, tokens_per_frame: int, who: str) -> None:

@@ -148,15 +148,15 @@ def planned_layers(
     return layers
 
 
-def counted_layers(tokens_per_layer: Sequence[int], text: int, *, whole: bool = False) -> list[LayerWork]:
-    """``[prefix | video | suffix]`` under a rule that looks at the data: every position is computed where it is there.
+def counted_layers(
+    sizes: Sequence[int], outputs: Sequence[int], *, whole: bool = False, rows: int = 1
+) -> list[LayerWork]:
+    """A pass whose layers hold ``sizes`` positions, of which ``outputs`` (of all layers but the last) go through the MLP.
 
-    ``tokens_per_layer`` are the visual tokens of each layer, ``text`` counts prefix and suffix. ``whole`` as in
-    :func:`appended_layers`.
+    ``rows`` of the last layer are computed, at the end; ``whole`` as in :func:`appended_layers`.
     """
-    sizes = [tokens + text for tokens in tokens_per_layer]
-    last = LayerWork(sizes[-1], sizes[-1], 0, 0) if whole else LayerWork(sizes[-1], 1, sizes[-1], 1)
-    return [LayerWork(n, n, _triangle(n), n) for n in sizes[:-1]] + [last]
+    last = LayerWork(sizes[-1], sizes[-1], 0, 0) if whole else LayerWork(sizes[-1], rows, rows * sizes[-1], rows)
+    return [LayerWork(n, n, _triangle(n), out) for n, out in zip(sizes[:-1], outputs)] + [last]
 
 
 def appended_layers(stored: Sequence[int], rows: int, *, whole: bool = False) -> list[LayerWork]:

@@ -24,14 +24,24 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from xcomp.backbone import Backbone, QuestionError, Rotary
-from xcomp.compressor import Compressor, LayerOutput
-from xcomp.contract import check_before_llm, check_keep, check_plan, name_of
-from xcomp.cost import LLMShape, appended_layers, counted_layers, pass_cost, planned_layers
+from xcomp.compressor import (
+    RULES,
+    Compressor,
+    DecodingStep,
+    LayerOutput,
+    QuestionTokens,
+    Reduction,
+    defines,
+)
+from xcomp.contract import check_compressed, check_keep, check_plan, check_reduction, name_of
+from xcomp.cost import LLMShape, appended_layers, count_macs, counted_layers, pass_cost, planned_layers
 from xcomp.generation import generate
 from xcomp.layout import TextBehind, TokenLayout, gather
+from xcomp.visual import VisualTokens
 
 DROP_EARLY = ("auto", "off", "output", "query")
 Ids = Tensor | Sequence[int]
+Video = Tensor | VisualTokens
 
 
 class QuestionNeeded(ValueError):
@@ -53,6 +63,10 @@ class State:
     batched: bool
     # Of each layout in ``prefilled`` (by identity): where text behind it begins, (1 or B) or (axes, B).
     starts: dict[int, Tensor] = field(default_factory=dict)
+    # Under rules that look at the data: positions of each sample that went through each layer's MLP.
+    outputs: list[Tensor] = field(default_factory=list)
+    answer_state: dict[str, Any] = field(default_factory=dict)  # of a rule that looks on while answers are written
+    rule_macs: int = 0  # of a rule's own look at the data, for each sample of the batch
 
     @property
     def layouts(self) -> list[TokenLayout]:
@@ -69,7 +83,7 @@ class State:
         """A state that grows on its own; the stored keys and values are shared and never written to."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        return replace(self, cache=cache)
+        return replace(self, cache=cache, answer_state={})
 
     def repeat(self, times: int) -> State:
         """A state of its own in which every sample stands ``times`` in a row."""
@@ -80,7 +94,8 @@ class State:
         state.prefilled = [known[id(layout)] for layout in self.prefilled]
         state.text = self.text.repeat(times)
         state.logits = None if self.logits is None else self.logits.repeat_interleave(times, 0)
-        return replace(state, batched=True, starts={})
+        outputs = [counts.repeat_interleave(times) for counts in self.outputs]
+        return replace(state, batched=True, starts={}, outputs=outputs)
 
     def text_start(self, backbone: Backbone, layer: int) -> Tensor:
         """Position of the first token of ``text`` at a layer: (1 or B) or (axes, B)."""
@@ -134,9 +149,9 @@ class Decoder:
     # --- public -----------------------------------------------------------------------------------------------------
 
     def prefill(
-        self, tokens: Tensor | Sequence[Tensor], prefix_ids: Ids | Sequence[Ids], suffix_ids: Ids | Sequence[Ids]
+        self, tokens: Video | Sequence[Video], prefix_ids: Ids | Sequence[Ids], suffix_ids: Ids | Sequence[Ids]
     ) -> State:
-        """Run ``[prefix | video | suffix]``: tokens (T, N, D) and 1-D ids, or lists of each for a batch."""
+        """Run ``[prefix | video | suffix]``: tokens (T, N, D) or VisualTokens and 1-D ids, or lists for a batch."""
         hidden, layout, tokens_per_frame, batched = self._assemble(tokens, prefix_ids, suffix_ids)
         state = State(DynamicCache(), [], TokenLayout.text([0] * len(hidden)), None, batched)
         observed = 0
@@ -151,7 +166,7 @@ class Decoder:
         return state
 
     def logits(
-        self, tokens: Sequence[Tensor], prefix_ids: Sequence[Ids], suffix_ids: Sequence[Ids], num_logits: Sequence[int]
+        self, tokens: Sequence[Video], prefix_ids: Sequence[Ids], suffix_ids: Sequence[Ids], num_logits: Sequence[int]
     ) -> Tensor:
         """Logits at the last ``num_logits[b]`` positions of each sample, packed: (sum, V). No cache: for training.
 
@@ -164,7 +179,7 @@ class Decoder:
         rows = self._run(hidden, layout, tokens_per_frame, wanted=wanted, state=None)
         return self.backbone.head(rows[(back < counts.unsqueeze(1)).to(rows.device)])
 
-    def prefill_video(self, tokens: Tensor | Sequence[Tensor], prefix_ids: Ids | Sequence[Ids]) -> State:
+    def prefill_video(self, tokens: Video | Sequence[Video], prefix_ids: Ids | Sequence[Ids]) -> State:
         """Run ``[prefix | video]`` alone, for any number of questions.
 
         Raises:
@@ -173,14 +188,19 @@ class Decoder:
         batched = isinstance(tokens, (list, tuple))
         empty = torch.empty(0, dtype=torch.long)
         suffixes = [empty] * len(tokens) if batched else empty
+        if self.compressor.uses_question:
+            self._refuse_to_store()
         hidden, layout, tokens_per_frame, _ = self._assemble(tokens, prefix_ids, suffixes)
         if self.plan(tokens_per_frame) is None:
-            raise QuestionNeeded(
-                f"{type(self.compressor).__name__} decides from the question, so a video cannot be stored without one"
-            )
+            self._refuse_to_store()
         state = State(DynamicCache(), [], TokenLayout.text([0] * len(hidden)), None, batched)
         self._run(hidden, layout, tokens_per_frame, wanted=None, state=state)
         return state
+
+    def _refuse_to_store(self) -> None:
+        raise QuestionNeeded(
+            f"{type(self.compressor).__name__} decides from the question, so a video cannot be stored without one"
+        )
 
     def extend(self, state: State, suffix_ids: Ids | Sequence[Ids]) -> State:
         """Append text (1-D ids, or a list of them for a batch) to a state, in place, and return it."""
@@ -193,7 +213,7 @@ class Decoder:
     def decode(self, state: State, token_ids: Tensor | Sequence[int] | int) -> Tensor:
         """One step: a token a sample, (B,) or (B, 1) → logits (B, V). The state grows in place."""
         ids = torch.as_tensor(token_ids, device=self.backbone.device).reshape(-1, 1)
-        self._append(self.backbone.embed(ids), TokenLayout.text([1] * len(ids)), state)
+        self._append(self.backbone.embed(ids), TokenLayout.text([1] * len(ids)), state, decoding=True)
         return state.logits
 
     @torch.no_grad()
@@ -222,9 +242,10 @@ class Decoder:
         """MACs of the pass that left ``state``, for one of its samples: a prefix, the video, and a suffix if any."""
         layout = state.prefilled[0]
         plan = self.plan(layout.frame_tokens)
-        if plan is None:
-            counts = [layout.visual_counts[row] for layout in state.prefilled]
-            layers = counted_layers(counts, num_prefix + num_suffix, whole=self.observer is not None)
+        if plan is None or layout.place is not None:
+            sizes = [int(layout.counts[row]) for layout in state.prefilled]
+            outputs = [int(counts[row]) for counts in state.outputs]
+            layers = counted_layers(sizes, outputs, whole=self.observer is not None, rows=min(1, num_suffix))
         else:
             plan, frames = plan[: self.stop_layer], int(layout.frame[row].max()) + 1
             layers = planned_layers(plan, frames, num_prefix, num_suffix, drop_early=self.drop_early)
@@ -246,11 +267,11 @@ class Decoder:
     # --- the pass ---------------------------------------------------------------------------------------------------
 
     def _assemble(
-        self, tokens: Tensor | Sequence[Tensor], prefix_ids: Ids | Sequence[Ids], suffix_ids: Ids | Sequence[Ids]
+        self, tokens: Video | Sequence[Video], prefix_ids: Ids | Sequence[Ids], suffix_ids: Ids | Sequence[Ids]
     ) -> tuple[Tensor, TokenLayout, int, bool]:
-        """Embedded sequences (B, S, D) padded on the right, their layout, tokens a frame, and if it was a batch."""
+        """Embedded sequences (B, S, D) padded on the right, their layout, slots a frame, and if it was a batch."""
         batched = isinstance(tokens, (list, tuple))
-        videos = [self._before_llm(t) for t in (tokens if batched else [tokens])]
+        videos = list(tokens) if batched else [tokens]
         prefixes = [_ids(i) for i in (prefix_ids if batched else [prefix_ids])]
         suffixes = [_ids(i) for i in (suffix_ids if batched else [suffix_ids])]
         if not len(videos) == len(prefixes) == len(suffixes):
@@ -258,36 +279,42 @@ class Decoder:
                 f"a batch needs as many videos ({len(videos)}) as prefixes ({len(prefixes)}) "
                 f"and suffixes ({len(suffixes)})"
             )
-        widths = {v.shape[1] for v in videos}
+        videos = [self.compress(video, suffix) for video, suffix in zip(videos, suffixes)]
+        widths = {video.frame_tokens for video in videos}
         if len(widths) != 1:
             raise ValueError(f"all videos of a batch need the same number of tokens a frame, not {sorted(widths)}")
-        layout = TokenLayout.sequence(
-            [(len(p), v.shape[0], v.shape[1], len(s)) for p, v, s in zip(prefixes, videos, suffixes)]
-        )
+        layout = TokenLayout.of([(len(p), v, len(s)) for p, v, s in zip(prefixes, videos, suffixes)])
         self._check_length(layout, videos)
         samples = [
-            torch.cat([self._embed(p), v.flatten(0, 1).to(self.backbone.dtype), self._embed(s)])
+            torch.cat([self._embed(p), v.tokens.to(self.backbone.dtype), self._embed(s)])
             for p, v, s in zip(prefixes, videos, suffixes)
         ]
         return pad_sequence(samples, batch_first=True), layout, widths.pop(), batched
 
-    def _before_llm(self, tokens: Tensor) -> Tensor:
-        compressed = self.compressor.before_llm(tokens)
-        check_before_llm(name_of("compressor", self.compressor), tokens, compressed)
-        return compressed
+    def compress(self, tokens: Video, suffix_ids: Ids = ()) -> VisualTokens:
+        """The tokens of one video that enter the language model. What this returned is not compressed again."""
+        visual = tokens if isinstance(tokens, VisualTokens) else VisualTokens.from_frames(tokens)
+        if visual.compressed:
+            return visual
+        question = None
+        if self.compressor.uses_question:
+            ids = _ids(suffix_ids)
+            question = QuestionTokens(ids, self._embed(ids))
+        found = self.compressor.compress(visual, question)
+        check_compressed(name_of("compressor", self.compressor), visual, found)
+        return replace(found, compressed=True)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.backbone.embed(ids.to(self.backbone.device))
 
-    def _check_length(self, layout: TokenLayout, videos: list[Tensor]) -> None:
+    def _check_length(self, layout: TokenLayout, videos: list[VisualTokens]) -> None:
         limit = self.backbone.text_config.max_position_embeddings
         for count, video in zip(layout.counts.tolist(), videos):
             if count > limit:
-                groups, width = video.shape[:2]
                 merged = self.backbone.merged_frames
-                fits = max(0, (limit - count + groups * width) // width) * merged
+                fits = max(0, (limit - count + len(video)) * video.num_frames // len(video)) * merged
                 raise QuestionError(
-                    f"{groups * merged} frames make a sequence of {count} tokens, but the language "
+                    f"{video.num_frames * merged} frames make a sequence of {count} tokens, but the language "
                     f"model takes {limit}; at most {fits} frames fit"
                 )
 
@@ -315,8 +342,11 @@ class Decoder:
         With ``wanted`` None the last layer only stores keys and values, and nothing is returned; nor is it where an
         observer ends the pass. ``observed``: how many last positions the observer sees.
         """
-        plan, num_visual = self.plan(tokens_per_frame), layout.visual_counts
-        if plan is not None:
+        plan = self.plan(tokens_per_frame)
+        if plan is None:
+            rules = _Rules(self, hidden, layout, wanted, state)
+            hidden, layout, wanted = rules.reduce("before_layers", -1, hidden, rules.layout, wanted)
+        else:
             index, layout, wanted = _reduce(layout, layout.keep_slots(plan[0], tokens_per_frame), wanted)
             hidden = hidden if index is None else gather(hidden, index)
         tables = _Tables(self.backbone)
@@ -331,32 +361,25 @@ class Decoder:
                     self._store(layer, hidden, rotary, cache, observe)
                     return None
                 return self._layer(layer, hidden, rotary, cache, layout, wanted, wanted)
+            if plan is None:
+                hidden, layout, wanted = rules.layer(layer, hidden, rotary, cache, layout, wanted, observe)
+                continue
             index = kept = None
-            if plan is not None and len(plan[layer + 1]) < len(plan[layer]):
+            if len(plan[layer + 1]) < len(plan[layer]):
                 index, kept, wanted = _reduce(layout, layout.keep_slots(plan[layer + 1], tokens_per_frame), wanted)
             outputs = None if self.drop_early == "off" else index
             queries = outputs if self.drop_early == "query" else None
             hidden = self._layer(layer, hidden, rotary, cache, layout, queries, outputs, observe)
+            if state is not None:
+                state.outputs.append((layout if outputs is None else kept).counts)
             if index is not None:
                 hidden = gather(hidden, index) if outputs is None else hidden
                 layout = kept
-            if plan is None:
-                query_index = wanted[:, 0]  # the first wanted position ends the prompt
-                output = LayerOutput(
-                    layer, self.backbone.num_layers, hidden, layout, self.backbone, rotary, query_index, num_visual
-                )
-                keep = self.compressor.after_layer(output)
-                if keep is not None:
-                    index, layout, wanted = _reduce(layout, self._check_keep(keep, layout), wanted)
-                    hidden = hidden if index is None else gather(hidden, index)
         raise AssertionError("a language model has at least one layer")
 
-    def _check_keep(self, keep: Tensor, layout: TokenLayout) -> Tensor:
-        check_keep(name_of("compressor", self.compressor), keep, layout)
-        return keep.cpu() | ~layout.visual
-
-    def _append(self, hidden: Tensor, new: TokenLayout, state: State) -> None:
+    def _append(self, hidden: Tensor, new: TokenLayout, state: State, *, decoding: bool = False) -> None:
         """Run new text (B, R, D) over the stored caches; only each sample's last row leaves the last layer."""
+        watches = decoding and defines(self.compressor, "while_decoding")
         before = state.text
         state.text = before.append(new)
         # (1 or B, R): how far each new token stands behind the first text after the prefill.
@@ -370,7 +393,7 @@ class Decoder:
                 rotary = Rotary(*self.backbone.rotary(positions.to(hidden.device)))
                 known[id(stored)] = rotary, TextBehind(stored, state.text)
             rotary, layout = known[id(stored)]
-            observe = None
+            observe = partial(self._ask_while_decoding, layer, rotary, stored, state, known) if watches else None
             if self.observer is not None:
                 observe = partial(self._observe, layer, stored.append(state.text), new.width)
                 if layer == self.stop_layer - 1:
@@ -386,12 +409,36 @@ class Decoder:
     def _observe(self, layer: int, layout: TokenLayout, rows: int, queries: Tensor, keys: Tensor) -> None:
         self.observer(Observation(layer, queries[:, :, -rows:], keys, layout))
 
+    def _ask_while_decoding(
+        self,
+        layer: int,
+        rotary: Rotary,
+        stored: TokenLayout,
+        state: State,
+        known: dict[int, tuple[Rotary, TextBehind]],
+        queries: Tensor,
+        keys: Tensor,
+    ) -> None:
+        """Let the rule hide stored tokens from the layers that follow."""
+        layout = stored.append(state.text)
+        step = DecodingStep(
+            layer, self.backbone.num_layers, rotary.apply(queries), keys, layout, state.answer_state
+        )
+        seen = self.compressor.while_decoding(step)
+        if seen is not None:
+            check_keep(name_of("compressor", self.compressor), seen, layout, "while_decoding")
+            real = stored.real & (seen.cpu()[:, : stored.width] | ~stored.visual)
+            known[id(stored)] = rotary, TextBehind(replace(stored, real=real), state.text)
+
     # --- one layer --------------------------------------------------------------------------------------------------
 
     def _layer(self, layer: int, *args: Any) -> Tensor:
+        return self._checkpointed(self._layer_body, layer, *args)
+
+    def _checkpointed(self, part: Callable[..., Tensor], *args: Any) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._layer_body, layer, *args, use_reentrant=False)
-        return self._layer_body(layer, *args)
+            return checkpoint(part, *args, use_reentrant=False)
+        return part(*args)
 
     def _layer_body(
         self,
@@ -410,6 +457,22 @@ class Decoder:
         ``queries`` (B, R) are the new positions that attend (None: all), ``outputs`` those that leave the layer (None:
         those that attend). ``layout`` describes all keys, and ``offset`` is the first new position's place in it.
         """
+        hidden = self._attention_half(layer, hidden, rotary, cache, layout, queries, outputs, observe, offset)
+        return self.backbone.add_mlp(layer, hidden)
+
+    def _attention_half(
+        self,
+        layer: int,
+        hidden: Tensor,
+        rotary: Rotary,
+        cache: DynamicCache | None,
+        layout: TokenLayout | TextBehind,
+        queries: Tensor | None,
+        outputs: Tensor | None,
+        observe: Callable[[Tensor, Tensor], None] | None = None,
+        offset: int = 0,
+    ) -> Tensor:
+        """Of the arguments of :meth:`_layer_body`, what the MLP takes."""
         backbone = self.backbone
         normed, keys, values = self._keys_values(layer, hidden, rotary, cache)
         rows = queries
@@ -424,7 +487,7 @@ class Decoder:
         attended = backbone.attend(layer, rotary.apply(projected), keys, values, layout, rows)
         if outputs is not None and outputs is not queries:
             hidden, attended = gather(hidden, outputs), gather(attended, outputs)
-        return backbone.output(layer, hidden, attended)
+        return backbone.add_attention(layer, hidden, attended)
 
     def _store(
         self,
@@ -449,6 +512,88 @@ class Decoder:
         if cache is not None:
             keys, values = cache.update(keys, values, layer)
         return normed, keys, values
+
+
+class _Rules:
+    """The rules of a compressor that looks at the data, through one pass."""
+
+    def __init__(
+        self, decoder: Decoder, hidden: Tensor, layout: TokenLayout, wanted: Tensor, state: State | None
+    ):
+        self.decoder, self.compressor, self.state = decoder, decoder.compressor, state
+        self.layout = layout.with_positions() if self.compressor.keeps_positions else layout
+        self.asked = [name for name in RULES if defines(self.compressor, name)]
+        self.embeddings, self.memory = hidden, {}
+        self.tables = _Tables(decoder.backbone)
+
+    def layer(
+        self,
+        layer: int,
+        hidden: Tensor,
+        rotary: Rotary,
+        cache: DynamicCache | None,
+        layout: TokenLayout,
+        wanted: Tensor,
+        observe: Callable[[Tensor, Tensor], None] | None,
+    ) -> tuple[Tensor, TokenLayout, Tensor]:
+        """One whole layer, with what leaves in it and after it."""
+        decoder, given = self.decoder, (hidden, None if cache is None else layer)
+        keys = None
+        if "after_attention" in self.asked:
+            args = (layer, hidden, rotary, cache, layout, None, None, observe)
+            hidden = decoder._checkpointed(decoder._attention_half, *args)
+            keys = None if cache is None else cache.layers[layer].keys
+            before = layout
+            hidden, layout, wanted = self.reduce("after_attention", layer, hidden, layout, wanted, given[0], keys)
+            given = given if layout is before else None
+            hidden = decoder._checkpointed(decoder.backbone.add_mlp, layer, hidden)
+        else:
+            hidden = decoder._layer(layer, hidden, rotary, cache, layout, None, None, observe)
+            keys = None if cache is None else cache.layers[layer].keys
+        if self.state is not None:
+            self.state.outputs.append(layout.counts)
+        known = (None, None) if given is None else (given[0], keys)
+        return self.reduce("after_layer", layer, hidden, layout, wanted, *known)
+
+    def reduce(
+        self,
+        method: str,
+        layer: int,
+        hidden: Tensor,
+        layout: TokenLayout,
+        wanted: Tensor,
+        layer_input: Tensor | None = None,
+        layer_keys: Tensor | None = None,
+    ) -> tuple[Tensor, TokenLayout, Tensor]:
+        """Hidden states, layout and wanted positions after the rule ``method``."""
+        if method not in self.asked:
+            return hidden, layout, wanted
+        backbone, who = self.decoder.backbone, name_of("compressor", self.compressor)
+        output = LayerOutput(
+            layer, backbone.num_layers, hidden, layout, backbone, self.tables.of(layout), wanted[:, 0],
+            self.layout.visual_counts, self.embeddings, self.layout, self.memory, layer_input, layer_keys,
+        )  # fmt: skip
+        found = getattr(self.compressor, method)(output)
+        if self.state is not None:
+            self.state.rule_macs += sum(output.macs) // len(hidden)
+        if found is None:
+            return hidden, layout, wanted
+        if not isinstance(found, Reduction):
+            check_keep(who, found, layout, method)
+            index, layout, wanted = _reduce(layout, found.cpu() | ~layout.visual, wanted)
+            return hidden if index is None else gather(hidden, index), layout, wanted
+        check_reduction(who, found, layout, hidden.shape[-1], method)
+        index = pad_sequence([order.cpu() for order in found.order], batch_first=True)
+        counts = torch.tensor([len(order) for order in found.order])
+        real = torch.arange(index.shape[1]) < counts.unsqueeze(1)
+        taken = layout.take(index, real)
+        if found.size is not None:
+            size = pad_sequence([size.float().cpu() for size in found.size], batch_first=True, padding_value=1.0)
+            taken = replace(taken, size=size)
+        after = torch.zeros_like(layout.slot).scatter_(1, index, torch.arange(index.shape[1]) * real)
+        if found.hidden is None:
+            return gather(hidden, index), taken, after.gather(1, wanted)
+        return pad_sequence(list(found.hidden), batch_first=True).to(hidden.dtype), taken, after.gather(1, wanted)
 
 
 class _Tables:

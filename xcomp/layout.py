@@ -8,25 +8,43 @@ planned dropping never makes an accelerator wait.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-TEXT = -1  # frame and slot of text
+from xcomp.visual import VisualTokens
+
+TEXT = -1  # frame, slot and place of text
+
+# What a layout says of each position beside ``real``, and what it says of padding.
+_OF_EACH = {"frame": TEXT, "slot": TEXT, "place": TEXT, "size": 1.0, "position": 0}
 
 
 @dataclass(frozen=True)
 class TokenLayout:
     """``frame`` and ``slot`` (B, S) long, both −1 for text; ``real`` (B, S) bool, False for padding; ``frame_tokens``
-    tokens a frame had when it entered the language model (0: no frames)."""
+    slots that a frame has (0: no frames).
+
+    The slot is what planned rules go by: frames that came with fewer tokens fill the last slots, as the last tokens of
+    a frame are those that have seen the others. ``place`` (B, S) is where in its frame a token comes from, None: its
+    slot. ``size`` (B, S) is how many tokens a merged one stands for, None: one each. Under rules that keep positions,
+    ``position`` (B, S) is each token's place in the sequence before anything left and ``following`` (B,) the next
+    text's; None: positions are the running count.
+    """
 
     frame: Tensor
     slot: Tensor
     real: Tensor
     frame_tokens: int = 0
+    place: Tensor | None = None
+    size: Tensor | None = None
+    position: Tensor | None = None
+    following: Tensor | None = None
 
     @classmethod
     def text(cls, lengths: Sequence[int]) -> TokenLayout:
@@ -46,6 +64,51 @@ class TokenLayout:
             slot[row, video] = torch.arange(tokens).repeat(frames)
             real[row, : prefix + frames * tokens + suffix] = True
         return cls(frame, slot, real, max((tokens for _, _, tokens, _ in parts), default=0))
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[int, VisualTokens, int]]) -> TokenLayout:
+        """One ``(prefix length, visual tokens, suffix length)`` a sample; videos may have lost tokens anywhere."""
+        if all(visual.is_whole and visual.size is None for _, visual, _ in parts):
+            return cls.sequence([(p, v.num_frames, v.frame_tokens, s) for p, v, s in parts])
+        frame_tokens = max(visual.frame_tokens for _, visual, _ in parts)
+        rows: dict[str, list[Tensor]] = {name: [] for name in ("frame", "slot", "place", "size")}
+        lengths = []
+        for prefix, visual, suffix in parts:
+            frame = visual.frame.cpu()
+            counts = visual.counts().cpu()
+            rank = torch.arange(len(frame)) - (counts.cumsum(0) - counts)[frame]
+            size = torch.ones(len(frame)) if visual.size is None else visual.size.float().cpu()
+            found = (frame, frame_tokens - counts[frame] + rank, visual.slot.cpu(), size)
+            for name, values in zip(rows, found):
+                before, after = (values.new_full((n,), _OF_EACH[name]) for n in (prefix, suffix))
+                rows[name].append(torch.cat([before, values, after]))
+            lengths.append(prefix + len(frame) + suffix)
+        padded = {name: pad_sequence(rows[name], True, _OF_EACH[name]) for name in rows}
+        if all(visual.size is None for _, visual, _ in parts):
+            padded["size"] = None
+        real = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+        return cls(real=real, frame_tokens=frame_tokens, **padded)
+
+    def _with(self, change: Callable[[Tensor, str], Tensor], **fields: Any) -> TokenLayout:
+        """A layout in which ``change(values, name)`` was made of everything that is known of each position."""
+        known = {name: getattr(self, name) for name in _OF_EACH}
+        changed = {name: None if values is None else change(values, name) for name, values in known.items()}
+        return replace(self, **changed, **fields)
+
+    @property
+    def places(self) -> Tensor:
+        """(B, S) where in its frame each token comes from; −1 for text."""
+        return self.slot if self.place is None else self.place
+
+    @property
+    def sizes(self) -> Tensor:
+        """(B, S) float: how many tokens each stands for."""
+        return torch.ones(self.real.shape) if self.size is None else self.size
+
+    def with_positions(self) -> TokenLayout:
+        """The same, but positions stay what they are now whatever leaves."""
+        position = self.real.cumsum(1) - 1
+        return replace(self, position=position, following=self.counts)
 
     @cached_property
     def visual(self) -> Tensor:
@@ -98,29 +161,43 @@ class TokenLayout:
         rows, columns = keep.nonzero(as_tuple=True)
         index = torch.zeros(len(counts), width, dtype=torch.long)
         index[rows, (keep.cumsum(1) - 1)[rows, columns]] = columns
-        real = torch.arange(width) < counts.unsqueeze(1)
-        frame = self.frame.gather(1, index).masked_fill(~real, TEXT)
-        slot = self.slot.gather(1, index).masked_fill(~real, TEXT)
-        return index, TokenLayout(frame, slot, real, self.frame_tokens)
+        return index, self.take(index, torch.arange(width) < counts.unsqueeze(1))
+
+    def take(self, index: Tensor, real: Tensor) -> TokenLayout:
+        """The positions ``index`` (B, S') in that order; where ``real`` is False is padding."""
+        return self._with(lambda values, name: values.gather(1, index).masked_fill(~real, _OF_EACH[name]), real=real)
 
     def window(self, spans: Sequence[tuple[int, int]]) -> TokenLayout:
         """The positions of some spans (first, past the last) alone, frames counted from the first that is there."""
-        frame, slot, real = (
-            torch.cat([getattr(self, k)[:, a:b] for a, b in spans], 1) for k in ("frame", "slot", "real")
-        )
-        visual = frame != TEXT
-        first = frame.masked_fill(~visual, torch.iinfo(frame.dtype).max).amin(1, keepdim=True)
-        return TokenLayout(torch.where(visual, frame - first, frame), slot, real, self.frame_tokens)
+
+        def cut(values: Tensor, name: str = "") -> Tensor:
+            return torch.cat([values[:, a:b] for a, b in spans], 1)
+
+        part = self._with(cut, real=cut(self.real))
+        first = part.frame.masked_fill(~part.visual, torch.iinfo(part.frame.dtype).max).amin(1, keepdim=True)
+        return replace(part, frame=torch.where(part.visual, part.frame - first, part.frame))
 
     def append(self, other: TokenLayout) -> TokenLayout:
         """This layout followed by another, as a cache grows; padding may then lie between them."""
-        joined = [torch.cat([getattr(self, k), getattr(other, k)], 1) for k in ("frame", "slot", "real")]
-        return TokenLayout(*joined, max(self.frame_tokens, other.frame_tokens))
+        more = {"frame": other.frame, "slot": other.slot, "place": other.places, "size": other.sizes}
+        following = self.following
+        if following is not None:
+            more["position"] = following.unsqueeze(1) + other.real.cumsum(1) - 1
+            following = following + other.counts
+        whole = self if other.place is None else replace(self, place=self.places)
+        whole = whole if other.size is None else replace(whole, size=self.sizes)
+        return whole._with(
+            lambda values, name: torch.cat([values, more[name].to(values.dtype)], 1),
+            real=torch.cat([self.real, other.real], 1),
+            frame_tokens=max(self.frame_tokens, other.frame_tokens),
+            following=following,
+        )
 
     def repeat(self, times: int) -> TokenLayout:
         """Every sample ``times`` in a row."""
-        repeated = (getattr(self, k).repeat_interleave(times, 0) for k in ("frame", "slot", "real"))
-        return TokenLayout(*repeated, self.frame_tokens)
+        following = None if self.following is None else self.following.repeat_interleave(times, 0)
+        real = self.real.repeat_interleave(times, 0)
+        return self._with(lambda values, _: values.repeat_interleave(times, 0), real=real, following=following)
 
     def all_visible(self, rows: Tensor) -> bool:
         """Whether the queries at indices ``rows`` (B, R) may all see every key."""

@@ -43,6 +43,7 @@ class VisualTokens:
     size: Tensor | None = None
     grid: tuple[int, int] | None = None
     tower: Mapping[str, Tensor] = field(default_factory=dict)
+    compressed: bool = False  # whether a run's compressor has been asked
 
     @classmethod
     def from_frames(

@@ -125,15 +125,13 @@ class NeverStops(TinyBackbone):
 
 
 class SkipsANorm(TinyBackbone):
-    def output(self, layer, hidden, attended):
-        block = self.language_model.layers[layer]
-        hidden = hidden + block.self_attn.o_proj(attended)
-        return hidden + block.mlp(hidden)
+    def add_mlp(self, layer, hidden):
+        return hidden + self.language_model.layers[layer].mlp(hidden)
 
 
 class SeesPadding(TinyBackbone):
-    def output(self, layer, hidden, attended):
-        out = super().output(layer, hidden, attended)
+    def add_mlp(self, layer, hidden):
+        out = super().add_mlp(layer, hidden)
         return out + 0.1 * out[0, -1] if hidden.shape[0] > 1 else out
 
 

@@ -32,6 +32,7 @@ from xcomp.decoding import DecodingPool, VideoInfo
 from xcomp.registry import configure
 from xcomp.schedule import keep_slots, token_counts
 from xcomp.selector import FrameQuery
+from xcomp.visual import VisualTokens
 from xcomp.video import VideoError
 
 QUESTION = "What happens in the video, and who takes part in it?"
@@ -85,13 +86,18 @@ def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -
     prompt = backbone.prompt(query.text, shown)
     prefix, suffix = len(prompt.prefix_ids), len(prompt.suffix_ids)
     groups, width = num_frames // backbone.merged_frames, backbone.text_config.hidden_size
-    tokens = answerer.compressor.before_llm(torch.empty(groups, backbone.tokens_per_frame, width, device="meta"))
+    whole = torch.empty(groups, backbone.tokens_per_frame, width, device="meta")
+    try:
+        visual = answerer.decoder.compress(whole, prompt.suffix_ids)
+    except (RuntimeError, NotImplementedError):  # where it looks at the numbers, there are none
+        visual = VisualTokens.from_frames(whole)
+        found.notes.append("what enters the language model depends on the data: counted as if nothing left")
     shape, size = LLMShape.from_config(backbone.text_config), backbone.dtype.itemsize
-    plan = answerer.decoder.plan(tokens.shape[1])
+    plan = answerer.decoder.plan(visual.frame_tokens)
     if plan is None:
         found.notes.append("tokens depend on the data: counted as if none were dropped")
-        plan = [tuple(range(tokens.shape[1]))] * backbone.num_layers
-    layers = planned_layers(plan, len(tokens), prefix, drop_early=answerer.decoder.drop_early)
+        plan = [tuple(range(visual.frame_tokens))] * backbone.num_layers
+    layers = planned_layers(plan, visual.num_frames, prefix, drop_early=answerer.decoder.drop_early)
     stored = [layer.keys for layer in layers]
     found.tokens_per_layer = [keys - prefix for keys in stored]
     question = appended_layers(stored, suffix)
