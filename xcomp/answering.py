@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers.generation import BaseStreamer
 
 from xcomp.backbone import Backbone, Prompt, QuestionError, ShownVideo
-from xcomp.compressor import Compressor
+from xcomp.checkpoint import load_compressor
+from xcomp.compressor import Compressor, defines
 from xcomp.config import Generation
 from xcomp.contract import check_chosen, check_methods, check_pixel_format, check_scores, name_of
+from xcomp.cost import count_macs
 from xcomp.decoder import Decoder, QuestionNeeded, State
 from xcomp.decoding import VideoInfo
 from xcomp.inflight import VideoInFlight
@@ -25,6 +27,7 @@ from xcomp.ledger import Share, Work
 from xcomp.pixels import PixelFormat
 from xcomp.selector import FrameQuery, FrameSelector
 from xcomp.video import VideoError
+from xcomp.visual import VisualTokens
 
 Refused = VideoError | QuestionError  # what is one question's outcome and not the end of a run
 
@@ -98,6 +101,8 @@ class Answerer:
         self.generation = generation or Generation()
         self.batch_size = batch_size
         self.decoder = Decoder(backbone, self.compressor)
+        load_compressor(self.compressor, backbone)
+        self._compress_macs: dict[tuple, int] = {}
         self._needs_question = False  # whether the compressor was found to decide from the question
 
     @torch.no_grad()
@@ -209,7 +214,7 @@ class Answerer:
                 return [error] * len(queries)
             return [self._batch(video, [q], [c], streamer)[0] for q, c in zip(queries, choices)]
         per_layer = [list(counts) for counts in zip(*state.tokens_per_layer)]
-        layout, info = state.prefilled[0], video.info
+        info = video.info
         answers = []
         for row, (choice, prompt, ids) in enumerate(zip(choices, prompts, written)):
             work = Work("answer", macs=self._answer_macs(state, row, prompt, ids))
@@ -221,7 +226,7 @@ class Answerer:
                     times=times,
                     duration=info.duration,
                     tokens_per_layer=per_layer[row],
-                    tokens_in=entered[row],
+                    tokens_in=state.entered[row],
                     work=work,
                     scores=None if choice.scores is None else list(choice.scores),
                     candidate_times=None if choice.scores is None else list(info.times),
@@ -240,7 +245,7 @@ class Answerer:
         if not self._needs_question:
 
             def run(work: Work) -> State:
-                stored = self.decoder.prefill_video(video.tokens(frames), prefixes[0])
+                stored = self.decoder.prefill_video(self._compressed(video, frames), prefixes[0])
                 work.macs = self.decoder.prefill_macs(stored, len(prefixes[0]))
                 return stored
 
@@ -251,13 +256,34 @@ class Answerer:
             else:
                 return self.decoder.extend(state.repeat(len(prompts)), suffixes), []
         with video.ledger.work("prefill"):
-            tokens = video.tokens(frames)
-            state = self.decoder.prefill([tokens] * len(prompts), prefixes, suffixes)
+            if self.compressor.uses_question:
+                videos = [self._compressed(video, frames, suffix) for suffix in suffixes]
+            else:
+                videos = [self._compressed(video, frames)] * len(prompts)
+            state = self.decoder.prefill(videos, prefixes, suffixes)
         macs = [
             self.decoder.prefill_macs(state, len(prefix), len(suffix), row=row)
             for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes))
         ]
-        return state, [Work("prefill", macs=number) for number in macs]
+        works = [Work("prefill", macs=number) for number in macs]
+        for work, own in zip(works, state.rule_macs):
+            work.needs.add(Work("compress", macs=own))
+        return state, works
+
+    def _compressed(self, video: VideoInFlight, frames: tuple[int, ...], suffix: Tensor | None = None) -> VisualTokens:
+        """The tokens that enter the language model; ``suffix`` ids where the compressor looks at the question."""
+        tokens = video.tokens(frames)
+        if not (defines(self.compressor, "compress") or defines(self.compressor, "before_llm")):
+            return self.decoder.compress(tokens)
+        suffix = () if suffix is None else suffix
+        with video.ledger.work("compress") as work:
+            visual = self.decoder.compress(tokens, suffix)
+        key = tuple(tokens.shape), len(suffix)
+        if key not in self._compress_macs:  # counting is slow, and no question's work
+            with video.ledger.charge(Work("compress")):
+                self._compress_macs[key] = count_macs(lambda: self.decoder.compress(tokens, suffix))[1]
+        work.macs = self._compress_macs[key]
+        return visual
 
     def _answer_macs(self, state: State, row: int, prompt: Prompt, ids: list[int]) -> int:
         """MACs of a question behind a stored video, and of writing its answer: a pass a token, but for the last."""

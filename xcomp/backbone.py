@@ -11,7 +11,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -173,6 +173,7 @@ class Backbone(nn.Module):
     clip_frames: int  # F; ``encode`` takes multiples of it
     merged_frames: int = 1  # pictures that share a group of N tokens; the language model's "frame" is such a group
     message_tokens: int = 0  # tokens that ``prompt`` puts between the video and the question, e.g. a time message
+    tower_features: tuple[str, ...] = ()  # names of xcomp.visual.TOWER_FEATURES that ``encode_with`` gives
     pixel_format: PixelFormat
     language_model: nn.Module  # a transformers *Model: embed_tokens, layers, norm, rotary_emb
     lm_head: nn.Module
@@ -183,6 +184,13 @@ class Backbone(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """(T, 3, h, w) → visual tokens (T / merged_frames, N, D); T is a multiple of ``clip_frames``."""
         raise NotImplementedError(f"{type(self).__name__} must define encode(pixels)")
+
+    def encode_with(self, pixels: Tensor, features: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What ``encode`` gives, and what the tower knows of these tokens beside: those of ``tower_features`` asked for.
+
+        Each is (T / merged_frames · N, …), or (T / merged_frames, …) for ``frame``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define encode_with(pixels, features)")
 
     def prompt(self, question: str, video: ShownVideo) -> Prompt:
         """Token ids around the video for one question."""

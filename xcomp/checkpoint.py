@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -585,3 +586,49 @@ def require_tokenizer(tokenizer: Any) -> None:
     """ValueError where prompts are built without a tokenizer."""
     if tokenizer is None:
         raise ValueError("no tokenizer files in the checkpoint folder; give tokenizer=<folder> to build prompts")
+
+
+# --- a compressor's own parameters ------------------------------------------------------------------------------------
+
+COMPRESSOR_FILE = "model.compressor.safetensors"
+
+
+def save_compressor(compressor: nn.Module, folder: str | Path) -> None:
+    """Write a compressor's parameters, if it has any, beside the model that it was tuned with."""
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in compressor.state_dict().items()}
+    if own:
+        name = getattr(compressor, "plugin_name", type(compressor).__name__)
+        save_file(own, Path(folder) / COMPRESSOR_FILE, metadata={"format": "pt", "compressor": name})
+        (Path(folder) / COMPRESSOR_FILE).chmod(0o644)
+
+
+def load_compressor(compressor: nn.Module, backbone: nn.Module) -> None:
+    """Fill a compressor's parameters with those that were tuned with the backbone's checkpoint, if it has any.
+
+    Raises:
+        ValueError: if the checkpoint holds another compressor's, or tensors that do not fit.
+    """
+    own = compressor.state_dict()
+    checkpoint = getattr(getattr(backbone, "config", None), "checkpoint", None)
+    if not own or checkpoint is None or not (path := find_folder(checkpoint) / COMPRESSOR_FILE).is_file():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            whose = (file.metadata() or {}).get("compressor")
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' cannot be read: {one_line(error)}") from error
+    name = getattr(compressor, "plugin_name", type(compressor).__name__)
+    if whose != name:
+        raise ValueError(f"'{path}' holds parameters of compressor '{whose}', not of '{name}'; tune one of its own")
+    wrong = [f"missing {key} {list(own[key].shape)}" for key in own if key not in stored]
+    wrong += [f"unexpected {key} {list(stored[key].shape)}" for key in stored if key not in own]
+    wrong += [
+        f"{key} is {list(stored[key].shape)}, should be {list(own[key].shape)}"
+        for key in own
+        if key in stored and stored[key].shape != own[key].shape
+    ]
+    refuse_tensors(path, wrong)
+    if broken := [key for key, tensor in stored.items() if tensor.is_floating_point() and not is_finite(tensor)]:
+        refuse_values(path, broken, next(iter(own.values())).dtype)
+    compressor.load_state_dict(stored)

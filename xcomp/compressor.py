@@ -99,7 +99,7 @@ class LayerOutput:
     state: dict[str, Any] = field(default_factory=dict)
     layer_input: Tensor | None = None  # (B, S, D): where no token left within the layer
     layer_keys: Tensor | None = None  # (B, H_kv, S, K) after RoPE, where they are cached
-    macs: list[int] = field(default_factory=list)  # of what was asked here; a rule adds its own large products
+    macs: list[Tensor] = field(default_factory=list)  # (B,) each: of what was asked here; a rule adds its own
 
     def text_behind(self, row: int) -> Tensor:
         """Positions of a sample's text behind its video."""
@@ -113,7 +113,8 @@ class LayerOutput:
         number, hidden = self._at(layer)
         normed = self.backbone.input_norm(number, hidden)
         keys = self.rotary.apply(self.backbone.project_keys_values(number, normed)[0])
-        self.macs.append(2 * keys.numel() * hidden.shape[-1])  # the values are projected, too
+        heads, size = keys.shape[1], keys.shape[3]
+        self.macs.append(2 * heads * size * hidden.shape[-1] * self.layout.counts)  # values are projected, too
         return keys
 
     def attention(self, rows: Tensor, layer: str = "next", heads: str = "mean") -> Tensor:
@@ -132,7 +133,8 @@ class LayerOutput:
             queries = self.rotary.rows(part).apply(self.backbone.project_queries(number, normed))
             mask = self.layout.causal_mask(part, hidden.device)
             blocks.append(over_heads(attention_probabilities(queries, keys, mask)))
-            self.macs.append(queries.numel() * (hidden.shape[-1] + keys.shape[2]))
+        width = num_heads * keys.shape[3]
+        self.macs.append(rows.shape[1] * width * (hidden.shape[-1] + self.layout.counts))
         return torch.cat(blocks, -2)
 
     def attention_of_query(self, layer: str = "next") -> Tensor:
@@ -181,10 +183,37 @@ class Compressor(nn.Module):
     needs: tuple[str, ...] = ()  # names of xcomp.visual.TOWER_FEATURES that ``compress`` reads
     uses_question: bool = False  # whether ``compress`` looks at the question: videos are then not stored without it
     keeps_positions: bool = False  # inside the language model: tokens keep their positions when others leave
+    budget: Budget | None = None  # what YAML asks for beside the method's own options
 
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
+        object.__setattr__(self, "_fits", None)
+
+    def fit(self, backbone: Backbone) -> None:
+        """Make ready for a backbone, once: what it cannot give is refused, the budget met, parameters made.
+
+        Raises:
+            ValueError: one line that names the compressor, and the backbone or the budget.
+        """
+        if self._fits is backbone:
+            return
+        who = getattr(self, "plugin_name", type(self).__name__)
+        if missing := [need for need in self.needs if need not in backbone.tower_features]:
+            known = ", ".join(backbone.tower_features) or "nothing"
+            raise ValueError(
+                f"compressor '{who}' needs the vision tower's {', '.join(missing)}, but backbone "
+                f"'{getattr(backbone, 'plugin_name', type(backbone).__name__)}' gives {known}"
+            )
+        if self.budget is not None:
+            try:
+                args = self.budget, backbone.num_layers, backbone.tokens_per_frame
+                self.config = self.for_budget(self.config, *args)
+            except ValueError as error:
+                raise ValueError(f"compressor '{who}': {str(error).removeprefix(f'{who}: ')}") from error
+        if self._fits is None:
+            self.build(backbone.text_config.hidden_size)
+        object.__setattr__(self, "_fits", backbone)  # no part of this module
 
     def build(self, width: int) -> None:
         """Make modules and parameters for a language model of that width (D); asked once, before anything runs."""
@@ -272,9 +301,9 @@ class Chain(Compressor):
         for name in ("plan", "before_layers", "after_attention", "after_layer", "while_decoding"):
             setattr(self, name, getattr(self.inside, name))
 
-    def build(self, width: int) -> None:
+    def fit(self, backbone: Backbone) -> None:
         for part in self.parts:
-            part.build(width)
+            part.fit(backbone)
 
     def compress(self, visual: VisualTokens, question: QuestionTokens | None) -> VisualTokens:
         for part in self.parts:

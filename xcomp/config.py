@@ -27,7 +27,7 @@ from xcomp.messages import nearest
 from xcomp.registry import KINDS, build, configure
 from xcomp.shipped import built_in
 
-TRAINABLE = ("llm", "projector", "vision")
+TRAINABLE = ("llm", "projector", "vision", "compressor")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_DEPTH = 32  # OmegaConf gives up below 100, and a YAML parser that recurses much further ends the process
 MAX_NAME = 255  # bytes; what file systems take
@@ -104,7 +104,7 @@ class Tune:
 
     data: list[Any] = field(default_factory=list)  # {records: FILE, root: DIR} or {benchmark: …, tasks: […]}
     validation: list[Any] = field(default_factory=list)
-    train: list[str] = field(default_factory=lambda: ["llm", "projector"])  # of llm, projector, vision
+    train: list[str] = field(default_factory=lambda: ["llm", "projector"])  # of llm, projector, vision, compressor
     frames: list[int] = field(default_factory=list)  # frames shown, drawn from these; default by sampling
     steps: int = 1000
     batch_size: int = 1
@@ -495,11 +495,28 @@ def split_component(kind: str, node: Any) -> tuple[str, dict[str, Any]]:
 
 def check_component(kind: str, node: Any, folders: Sequence[str] = ()) -> None:
     """Raise what building the node's plugin would raise for its name or options; nothing is made."""
-    name, options = split_component(kind, node)
-    configure(kind, name, options, folders)
+    for part in component_parts(kind, node):
+        name, options = split_component(kind, part)
+        configure(kind, name, options, folders)
 
 
 def build_component(kind: str, node: Any, folders: Sequence[str] = ()) -> Any:
     """Build the plugin that a component node names."""
-    name, options = split_component(kind, node)
-    return build(kind, name, options, folders)
+    parts = [build(kind, *split_component(kind, part), folders) for part in component_parts(kind, node)]
+    if len(parts) == 1:
+        return parts[0]
+    from xcomp.compressor import Chain
+
+    try:
+        return Chain(parts)
+    except ValueError as error:
+        raise ConfigError(f"compressor: {error}") from error
+
+
+def component_parts(kind: str, node: Any) -> list[Any]:
+    """The node itself, or the nodes of a list: compressors that act one after the other."""
+    if not isinstance(node, (list, tuple)):
+        return [node]
+    if kind != "compressor" or not node:
+        raise ConfigError(f"{kind} is {node!r}; it must be a plugin's name or a mapping with 'name' and its options")
+    return list(node)

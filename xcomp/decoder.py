@@ -65,8 +65,9 @@ class State:
     starts: dict[int, Tensor] = field(default_factory=dict)
     # Under rules that look at the data: positions of each sample that went through each layer's MLP.
     outputs: list[Tensor] = field(default_factory=list)
+    entered: list[int] = field(default_factory=list)  # visual tokens of each sample behind ``compress``
     answer_state: dict[str, Any] = field(default_factory=dict)  # of a rule that looks on while answers are written
-    rule_macs: int = 0  # of a rule's own look at the data, for each sample of the batch
+    rule_macs: list[int] = field(default_factory=list)  # of a rule's own look at the data, for each sample
 
     @property
     def layouts(self) -> list[TokenLayout]:
@@ -95,7 +96,8 @@ class State:
         state.text = self.text.repeat(times)
         state.logits = None if self.logits is None else self.logits.repeat_interleave(times, 0)
         outputs = [counts.repeat_interleave(times) for counts in self.outputs]
-        return replace(state, batched=True, starts={}, outputs=outputs)
+        entered = [count for count in self.entered for _ in range(times)]
+        return replace(state, batched=True, starts={}, outputs=outputs, entered=entered)
 
     def text_start(self, backbone: Backbone, layer: int) -> Tensor:
         """Position of the first token of ``text`` at a layer: (1 or B) or (axes, B)."""
@@ -140,6 +142,7 @@ class Decoder:
             raise ValueError(f"drop_early is '{drop_early}'; it must be one of {', '.join(DROP_EARLY)}")
         self.backbone = backbone
         self.compressor = compressor or Compressor(None)
+        self.compressor.fit(backbone)
         # Measured on a CPU: rows under a mask cost what they save, so plain causal attention stays.
         self.drop_early = "output" if drop_early == "auto" else drop_early
         self.checkpointing = checkpointing
@@ -153,7 +156,10 @@ class Decoder:
     ) -> State:
         """Run ``[prefix | video | suffix]``: tokens (T, N, D) or VisualTokens and 1-D ids, or lists for a batch."""
         hidden, layout, tokens_per_frame, batched = self._assemble(tokens, prefix_ids, suffix_ids)
-        state = State(DynamicCache(), [], TokenLayout.text([0] * len(hidden)), None, batched)
+        state = State(
+            DynamicCache(), [], TokenLayout.text([0] * len(hidden)), None, batched, entered=layout.visual_counts,
+            rule_macs=[0] * len(hidden),
+        )
         observed = 0
         if self.observer is not None:
             if len(hidden) > 1:
@@ -193,7 +199,10 @@ class Decoder:
         hidden, layout, tokens_per_frame, _ = self._assemble(tokens, prefix_ids, suffixes)
         if self.plan(tokens_per_frame) is None:
             self._refuse_to_store()
-        state = State(DynamicCache(), [], TokenLayout.text([0] * len(hidden)), None, batched)
+        state = State(
+            DynamicCache(), [], TokenLayout.text([0] * len(hidden)), None, batched, entered=layout.visual_counts,
+            rule_macs=[0] * len(hidden),
+        )
         self._run(hidden, layout, tokens_per_frame, wanted=None, state=state)
         return state
 
@@ -575,7 +584,8 @@ class _Rules:
         )  # fmt: skip
         found = getattr(self.compressor, method)(output)
         if self.state is not None:
-            self.state.rule_macs += sum(output.macs) // len(hidden)
+            for macs in output.macs:
+                self.state.rule_macs = [a + b for a, b in zip(self.state.rule_macs, macs.tolist())]
         if found is None:
             return hidden, layout, wanted
         if not isinstance(found, Reduction):

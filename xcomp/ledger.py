@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-STAGES = ("decode", "vision", "select", "prefill", "answer")
+STAGES = ("decode", "vision", "select", "compress", "prefill", "answer")
 
 
 @dataclass(eq=False)

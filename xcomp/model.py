@@ -218,8 +218,13 @@ class VideoQA(L.LightningModule):
     def freeze_untrained(self) -> None:
         """Let gradients reach only the parts that ``tune.train`` names."""
         self.backbone.requires_grad_(False)
+        self.compressor.requires_grad_(False)
+        parts = {**self.backbone.parts(), "compressor": [self.compressor]}
+        if "compressor" in self.tune.train and not any(True for _ in self.compressor.parameters()):
+            name = name_of("compressor", self.compressor)
+            raise ConfigError(f"tune.train names 'compressor', but {name} has no parameters")
         for name in self.tune.train:
-            for module in self.backbone.parts()[name]:
+            for module in parts[name]:
                 module.requires_grad_(True)
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -188,7 +189,18 @@ def load(plugin: Plugin) -> type:
     if not dataclasses.is_dataclass(getattr(plugin_class, "Config", None)):
         raise PluginError(f"{who} breaks its contract: {plugin_class.__name__}.Config must be a dataclass")
     _check_parameters(plugin_class, contract, who)
+    _check_names(plugin_class, contract, who)
     return plugin_class
+
+
+def _check_names(plugin_class: type, contract: type, who: str) -> None:
+    """A method that is nearly one of the contract's would never be called."""
+    known = [name for name, value in vars(contract).items() if inspect.isfunction(value) and not name.startswith("_")]
+    for method, value in vars(plugin_class).items():
+        if inspect.isfunction(value) and not method.startswith("_") and method not in dir(contract):
+            if close := difflib.get_close_matches(method, known, n=1, cutoff=0.9):
+                clause = f"{method}() is nobody's; did you mean {close[0]}()?"
+                raise PluginError(f"{who} breaks its contract: {clause}")
 
 
 def _check_parameters(plugin_class: type, contract: type, who: str) -> None:
@@ -268,8 +280,21 @@ def configure(
     kind: str, name: str, options: Mapping[str, Any] | None = None, folders: Iterable[str | Path] = ()
 ) -> tuple[type, Any]:
     """Import the plugin and check its options, without making it: (class, its Config)."""
-    plugin_class = load_class(kind, name, folders)
-    return plugin_class, make_config(plugin_class.Config, options or {}, f"{kind} '{name}'")
+    plugin_class, what = load_class(kind, name, folders), f"{kind} '{name}'"
+    options, _ = _budget(kind, plugin_class, options or {}, what)
+    return plugin_class, make_config(plugin_class.Config, options, what)
+
+
+def _budget(kind: str, plugin_class: type, options: Mapping[str, Any], what: str) -> tuple[Mapping[str, Any], Any]:
+    """A compressor's own options, and the share that every compressor can be asked for beside them."""
+    if kind != "compressor" or "budget" not in options:
+        return options, None
+    from xcomp.compressor import Budget
+
+    given = options["budget"]
+    if not isinstance(given, Mapping):
+        raise PluginError(f"{what}: budget is {given!r}; it must be a mapping: keep (a share), of (input, final, layers)")
+    return {key: value for key, value in options.items() if key != "budget"}, make_config(Budget, given, what)
 
 
 def build(kind: str, name: str, options: Mapping[str, Any] | None = None, folders: Iterable[str | Path] = ()) -> Any:
@@ -282,6 +307,8 @@ def build(kind: str, name: str, options: Mapping[str, Any] | None = None, folder
         raise PluginError(f"{kind} '{name}' breaks its contract: {clause}") from error
     made = plugin_class(config)
     made.plugin_name = name  # by which a run speaks of it, should it break its contract
+    if kind == "compressor":
+        made.budget = _budget(kind, plugin_class, options or {}, f"{kind} '{name}'")[1]
     return made
 
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from safetensors import SafetensorError
 
+from xcomp.checkpoint import save_compressor, whole_folder
 from xcomp.config import ConfigError, RunConfig
 from xcomp.contract import check_methods
 from xcomp.data.module import ConversationData
@@ -90,7 +91,9 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
 
 def _save_model(model: VideoQA, folder: Path, dtype: str | None) -> None:
     try:
-        model.backbone.save_pretrained(str(folder), dtype=dtype)
+        with whole_folder(folder) as fresh:
+            model.backbone.save_pretrained(str(fresh), dtype=dtype)
+            save_compressor(model.compressor, fresh)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(

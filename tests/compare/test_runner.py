@@ -78,7 +78,7 @@ def test_every_arm_answers_every_question_once(make, needle_videos, capsys):
         assert record["video"] == question.video and record["answer"] == question.answer and record["error"] is None
         assert record["correct"] == (record["prediction"] == question.answer)
         assert record["events"] == [list(span) for span in question.events]
-        stages = {"decode", "vision", "select", "prefill", "answer"}
+        stages = {"decode", "vision", "select", "compress", "prefill", "answer"}
         assert record["macs"].keys() == record["seconds"].keys() == record["seconds_amortised"].keys() == stages
         assert all(record["seconds"][s] >= record["seconds_amortised"][s] >= 0 for s in stages)
         assert all(record["macs"][stage] > 0 for stage in ("vision", "prefill", "answer"))

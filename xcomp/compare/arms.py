@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from xcomp.config import ConfigError, RunConfig, check_component, frame_budgets, split_component
+from xcomp.config import ConfigError, RunConfig, check_component, component_parts, frame_budgets, split_component
 from xcomp.registry import load_class
 
 PARTS = ("backbone", "compressor", "selector")
@@ -54,7 +54,11 @@ def resolve_arms(config: RunConfig) -> list[ResolvedArm]:
         parts, parts_written = _parts(run, own, computing), _parts(written, own_written, computing)
         for kind, node in parts.items():
             check_component(kind, node, config.plugins)
-        names = [split_component(kind, parts[kind])[0] for kind in ("compressor", "selector")]
+        names = [
+            split_component(kind, part)[0]
+            for kind in ("compressor", "selector")
+            for part in component_parts(kind, parts[kind])
+        ]
         group = " + ".join(names) if own.get("name") is None else own["name"]
         budgets = frame_budgets(config.frames if own.get("frames") is None else own["frames"], where)
         for frames in budgets:

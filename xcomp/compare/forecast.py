@@ -32,8 +32,8 @@ from xcomp.decoding import DecodingPool, VideoInfo
 from xcomp.registry import configure
 from xcomp.schedule import keep_slots, token_counts
 from xcomp.selector import FrameQuery
-from xcomp.visual import VisualTokens
 from xcomp.video import VideoError
+from xcomp.visual import VisualTokens
 
 QUESTION = "What happens in the video, and who takes part in it?"
 PROBED = 20  # videos that are opened for their length; the others are taken to be like them

@@ -51,6 +51,8 @@ class Legend:
 
 def part_label(part: Any) -> str:
     """ "lp_comp", or "avg_pool (tokens=4)" for a part with options, or "none"."""
+    if isinstance(part, (list, tuple)):
+        return " + ".join(map(part_label, part))
     if not isinstance(part, Mapping):
         return "none" if part is None else str(part)
     options = ", ".join(f"{key}={value}" for key, value in part.items() if key not in ("name", "options"))
