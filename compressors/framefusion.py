@@ -15,6 +15,8 @@ here pruning comes at once. At least 1 token stays, and of equal ones the earlie
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -67,10 +69,8 @@ class FrameFusion(Compressor):
     def for_budget(cls, config: Config, budget: Budget, num_layers: int, tokens_per_frame: int) -> Config:
         """The cost, which is the mean over layers; the other measures depend on the video."""
         if budget.of != "layers":
-            raise ValueError(
-                f"framefusion: a budget of {budget.keep:g} of {budget.of} cannot be met: what each layer merges depends "
-                f"on the video; the nearest possible is {budget.keep:g} of layers"
-            )
+            why = f"a budget of {budget.keep:g} of {budget.of} cannot be met: what a layer merges depends on the video"
+            raise ValueError(f"framefusion: {why}; the nearest possible is {budget.keep:g} of layers")
         config = replace(config, cost=budget.keep)
         cls(config).plan(num_layers, tokens_per_frame)
         return config
@@ -78,10 +78,8 @@ class FrameFusion(Compressor):
     def plan(self, num_layers: int, tokens_per_frame: int) -> None:
         cost, layers = self.config.cost, self.num_layers(num_layers)
         if cost * layers < 1:  # the first layer's share is not known before it has run
-            raise ValueError(
-                f"framefusion: a cost of {cost:g} of {layers} layers cannot be met: the first may hold all tokens; "
-                f"the nearest possible is {just_above(1 / layers):g}"
-            )
+            why = f"a cost of {cost:g} of {layers} layers cannot be met: the first may hold all tokens"
+            raise ValueError(f"framefusion: {why}; the nearest possible is {just_above(1 / layers):g}")
         return None
 
     def num_layers(self, num_layers: int) -> int:
@@ -112,12 +110,7 @@ class FrameFusion(Compressor):
         return order, similar
 
     def reduce(
-        self,
-        hidden: Tensor,
-        slot: Tensor,
-        attention: Callable[[], Tensor],
-        progress: Progress,
-        num_layers: int,
+        self, hidden: Tensor, slot: Tensor, attention: Callable[[], Tensor], progress: Progress, num_layers: int
     ) -> tuple[Tensor, Tensor | None] | None:
         """One call on one sample: positions that stay, ascending, and their values (S', D) where they are new.
 
@@ -138,22 +131,20 @@ class FrameFusion(Compressor):
         return keep.nonzero()[:, 0], None
 
 
+def held(merged: list[float]) -> list[float]:
+    """The share of all visual tokens that each layer so far has held."""
+    return list(itertools.accumulate((1 - part for part in merged), operator.mul))
+
+
 def left_over(cost: float, merged: list[float], num_layers: int) -> float:
     """What the layers after the first ``len(merged)`` may hold in sum, in shares of all visual tokens."""
-    held, share = 0.0, 1.0
-    for part in merged:
-        share *= 1 - part
-        held += share
-    return cost * num_layers - held
+    return cost * num_layers - sum(held(merged))
 
 
 def sparsity(cost: float, merged: list[float], num_layers: int) -> float:
     """Share of the present visual tokens that has to go now, so that the mean over layers becomes ``cost``."""
-    share = 1.0
-    for part in merged:
-        share *= 1 - part
-    ratio = left_over(cost, merged, num_layers) / ((num_layers - len(merged)) * share)
-    return min(1.0, max(0.0, 1 - ratio))
+    rest = (num_layers - len(merged)) * (held(merged)[-1] if merged else 1.0)
+    return min(1.0, max(0.0, 1 - left_over(cost, merged, num_layers) / rest))
 
 
 @torch.no_grad()

@@ -172,7 +172,7 @@ def test_enough_similar_tokens_merge_the_most_similar_of_them():
 @pytest.mark.parametrize("frames, tokens", [(1, 1), (1, 7), (2, 1)])
 def test_next_to_nothing(frames, tokens):
     n, entered, progress = live(rule(), frames, tokens, 28)
-    assert progress.done and entered[-1] >= 1 and entered[0] == n
+    assert progress.done and n >= entered[0] and entered[-1] >= 1
 
 
 def test_gradients_flow_through_the_means():
