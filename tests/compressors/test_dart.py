@@ -67,6 +67,14 @@ def test_chooses_as_written_out(before, count, after, ratio):
     assert compressor.reduce(hidden, keys, visual)[0].tolist() == slow(hidden, keys, visual, compressor.config)
 
 
+@pytest.mark.device
+def test_the_device_chooses_as_the_cpu_does(device):
+    torch.manual_seed(0)
+    hidden, keys, visual = torch.randn(300, 64), torch.randn(2, 300, 16), marked(300, 5, 280)
+    kept, _ = rule().reduce(hidden.to(device), keys.to(device), visual.to(device))
+    assert kept.device.type == device and kept.tolist() == slow(hidden, keys, visual, rule().config)
+
+
 def test_identical_tokens_go_by_position():
     visual = marked(30, 2, 20)
     kept, _ = rule(ratio=0.2).reduce(torch.ones(30, 4), torch.ones(1, 30, 4), visual)

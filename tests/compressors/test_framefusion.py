@@ -99,6 +99,22 @@ def test_merges_as_written_out(frames, tokens, drop):
     assert frames == 1 or 0 < len(kept) < len(slot)
 
 
+@pytest.mark.device
+def test_the_device_merges_and_prunes_as_the_cpu_does(device):
+    hidden, slot = video(20, 9, width=32, drop=0.3)
+    row = torch.rand(len(slot))
+    for progress in (Progress(), Progress(merged=[0.2], merging_done=True)):
+        found = []
+        for place in (device, "cpu"):
+            own = Progress(list(progress.merged), progress.merging_done)
+            kept, values = rule().reduce(hidden.to(place), slot.to(place), lambda p=place: row.to(p), own, 28)
+            found.append((kept.tolist(), None if values is None else values.cpu()))
+        (kept, values), (expected, means) = found
+        assert kept == expected and (values is None) == (means is None)
+        if means is not None:
+            torch.testing.assert_close(values, means)
+
+
 def test_similarities_in_blocks_are_the_same():
     hidden, slot = video(1500, 6, width=4)
     similarity, order = similarity_by_patch(hidden, slot)

@@ -43,11 +43,11 @@ def test_equals_the_released_code(case):
     assert relative_error(scores, case.outputs["scores"]) < 1e-5
     kept = scores.topk(num_kept(p["keep"] / count, count, count)).indices.sort().values
     assert torch.equal(kept, case.outputs["keep_visual"])
-    recycled = recycle(scores, kept, 0.3)
+    recycled = recycle(scores, kept, SparseVLM.Config().recycle)
     assert torch.equal(recycled, case.outputs["recycled_visual"])
     others = [i for i in range(count) if i not in kept.tolist()]
     assert [others.index(i) for i in recycled.tolist()] == case.outputs["recycled_relative"].tolist()
-    values, centres, joined = merge(hidden[visual][recycled], 10)
+    values, centres, joined = merge(hidden[visual][recycled], SparseVLM.Config().cluster)
     assert len(centres) == p["merged"] and torch.equal(joined, case.outputs["assignment"])
     assert relative_error(values, case.outputs["merged_tokens"]) < 1e-5
     compressor = rule(layers=[1], keep=[p["keep"] / count])
@@ -107,6 +107,19 @@ def test_reduces_as_written_out(before, count, after, keep):
     expected, means = slow(hidden, visual, scores, keep, count)
     assert order.tolist() == expected
     torch.testing.assert_close(values, means)
+
+
+@pytest.mark.device
+def test_the_device_chooses_and_merges_as_the_cpu_does(device):
+    torch.manual_seed(0)
+    hidden, scores, visual = torch.randn(100, 16), torch.rand(90), marked(100, 4, 90)
+    inputs = [t.to(device) for t in (hidden, visual, scores)]
+    order, values = rule(layers=[1], keep=[0.2]).reduce(*inputs, 0, 90)
+    expected, means = slow(hidden, visual, scores, 0.2, 90)
+    assert order.tolist() == expected
+    torch.testing.assert_close(values.cpu(), means)
+    raters = choose_raters(hidden[visual].to(device), hidden[~visual].to(device))
+    assert raters.tolist() == choose_raters(hidden[visual], hidden[~visual]).tolist()
 
 
 def test_text_between_frames_stays_where_it_is():
