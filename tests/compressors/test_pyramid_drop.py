@@ -10,6 +10,7 @@ from xcomp.compressors.pyramid_drop import PyramidDrop
 import xcomp
 from xcomp.compressor import Budget
 from xcomp.decoder import Decoder
+from xcomp.layout import TokenLayout
 
 PREFIX, SUFFIX = torch.tensor([5, 6, 7]), torch.tensor([8, 9, 10, 11, 12])
 
@@ -69,6 +70,20 @@ def test_few_tokens_and_identical_ones(make_backbone, tokens, frames):
     state = Decoder(backbone, rule()).prefill(visual, PREFIX, SUFFIX)
     n = tokens * frames
     assert state.tokens_per_layer == [n, *(max(1, int(n * r)) for r in (0.5, 0.25, 0.125))]
+
+
+@torch.no_grad()
+def test_bfloat16_chooses_the_same_up_to_near_ties(make_backbone):
+    backbone, hidden = make_backbone(), torch.randn(1, 72, 32)
+    layout = TokenLayout.sequence([(3, 8, 8, 5)])
+    chosen, scored = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        rotary = rotary_at(backbone.to(dtype), torch.arange(72))
+        output = layer_output(backbone, 0, hidden.to(dtype), hidden.to(dtype), layout, rotary)
+        scored.append(output.attention_of_query()[0])
+        chosen.append(rule().after_layer(output)[0].nonzero()[:, 0])
+    least = scored[0][chosen[0]].min()
+    assert len(chosen[1]) == 32 and (scored[0][chosen[1]] > 0.9 * least).all()
 
 
 def simulated(config, n, num_layers):
