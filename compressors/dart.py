@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from xcomp.budgets import check_input, share_after
-from xcomp.compressor import About, Budget, Compressor
+from xcomp.compressor import About, Budget, Compressor, LayerOutput
 from xcomp.merging import exact, top, unit
 from xcomp.schedule import check_stages, stage_layers
 
@@ -34,7 +34,7 @@ class DART(Compressor):
         deviates="pivots are visited in a fixed order: visual by falling norm, then text",
     )
     uses_question = True  # pivots are also taken from the text behind the video
-    positions = "keep"
+    keeps_positions = True
 
     @dataclass
     class Config:
@@ -71,6 +71,18 @@ class DART(Compressor):
     def stage(self, num_layers: int) -> int:
         """The layer (1-based) after which tokens leave."""
         return stage_layers("dart", [self.config.layer], num_layers)[0]
+
+    @torch.no_grad()
+    def after_layer(self, output: LayerOutput) -> Tensor | None:
+        if output.layer + 1 != self.stage(output.num_layers):
+            return None
+        normed, keys = output.backbone.final_norm(output.hidden), output.keys("this")
+        keep = torch.zeros_like(output.layout.visual)
+        for row, size in enumerate(output.layout.counts.tolist()):
+            visual = output.layout.visual[row, :size].to(keys.device)
+            kept, _ = self.reduce(normed[row, :size], keys[row, :, :size], visual)
+            keep[row, kept.cpu()] = True
+        return keep
 
     @torch.no_grad()
     def reduce(self, normed: Tensor, keys: Tensor, visual: Tensor) -> tuple[Tensor, None]:

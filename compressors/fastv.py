@@ -30,7 +30,7 @@ class FastV(Compressor):
         deviates="batches; at least one token stays",
     )
     uses_question = True
-    positions = "keep"  # survivors keep their positions, and text goes on behind the whole sequence
+    keeps_positions = True
 
     @dataclass
     class Config:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from xcomp.budgets import just_above
-from xcomp.compressor import About, Budget, Compressor
+from xcomp.compressor import About, Budget, Compressor, LayerOutput, Reduction
 from xcomp.merging import cosine, top, top_ascending
 
 NUM_LAYERS = 28  # of the released code
@@ -48,7 +48,7 @@ class FrameFusion(Compressor):
         deviates="the cost counts the model's own layers; prunes instead of an error where merging costs too much",
     )
     uses_question = True
-    positions = "keep"
+    keeps_positions = True
 
     @dataclass
     class Config:
@@ -85,6 +85,29 @@ class FrameFusion(Compressor):
     def num_layers(self, num_layers: int) -> int:
         """How many layers the cost is a mean of."""
         return NUM_LAYERS if self.config.released else num_layers
+
+    def before_layers(self, output: LayerOutput) -> Reduction | None:
+        return self._call(output)
+
+    def after_attention(self, output: LayerOutput) -> Reduction | None:
+        return self._call(output)
+
+    def _call(self, output: LayerOutput) -> Reduction | None:
+        samples = output.state.setdefault("progress", [Progress() for _ in output.num_visual])
+        if all(progress.done for progress in samples):
+            return None
+        order, values, device = [], [], output.hidden.device
+        for row, (progress, size) in enumerate(zip(samples, output.layout.counts.tolist())):
+            hidden, slot = output.hidden[row, :size], output.layout.places[row, :size].to(device)
+
+            def attention(row: int = row, size: int = size) -> Tensor:
+                return output.attention_of_query("this")[row, :size]
+
+            found = self.reduce(hidden, slot, attention, progress, output.num_layers)
+            kept, new = (torch.arange(size, device=device), None) if found is None else found
+            order.append(kept)
+            values.append(hidden[kept] if new is None else new.to(hidden.dtype))
+        return Reduction(order, values)
 
     @torch.no_grad()
     def choose(self, hidden: Tensor, slot: Tensor, progress: Progress, num_layers: int) -> tuple[Tensor, Tensor] | None:

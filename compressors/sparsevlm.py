@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from xcomp.budgets import check_input, just_above, mean_share, refuse, solve
-from xcomp.compressor import About, Budget, Compressor
+from xcomp.compressor import About, Budget, Compressor, LayerOutput, Reduction
 from xcomp.merging import dpc_knn, exact, group_sums, top, top_ascending
 from xcomp.schedule import check_stages, stage_layers
 
@@ -83,6 +83,32 @@ class SparseVLM(Compressor):
     def stages(self, num_layers: int) -> list[int]:
         """The layers (1-based) after which tokens leave."""
         return stage_layers("sparsevlm", self.config.layers, num_layers)
+
+    def before_layers(self, output: LayerOutput) -> None:
+        """Chooses the raters, as numbers of the text behind the video."""
+        raters = []
+        for row, visual in enumerate(output.layout.visual):
+            behind = output.text_behind(row)
+            hidden = output.hidden[row]
+            raters.append(choose_raters(hidden[visual.to(hidden.device)], hidden[behind.to(hidden.device)]).cpu())
+        output.state["raters"] = raters
+
+    def after_layer(self, output: LayerOutput) -> Reduction | None:
+        stages = self.stages(output.num_layers)
+        if output.layer + 1 not in stages:
+            return None
+        stage, order, values, device = stages.index(output.layer + 1), [], [], output.hidden.device
+        rows = [output.text_behind(row)[raters] for row, raters in enumerate(output.state["raters"])]
+        widest = max(map(len, rows))  # a sample with fewer raters repeats one, which is left out of the mean
+        asked = torch.stack([torch.cat([r, r[:1].expand(widest - len(r))]) for r in rows])
+        attention = output.attention(asked, layer="this")
+        for row, size in enumerate(output.layout.counts.tolist()):
+            visual = output.layout.visual[row, :size].to(device)
+            scores = attention[row, : len(rows[row]), :size].mean(0)[visual]
+            kept, new = self.reduce(output.hidden[row, :size], visual, scores, stage, output.num_visual[row])
+            order.append(kept)
+            values.append(output.hidden[row, :size][kept] if new is None else new)
+        return Reduction(order, values)
 
     def reduce(
         self, hidden: Tensor, visual: Tensor, scores: Tensor, stage: int, num_visual: int

@@ -42,7 +42,7 @@ def run(backbone, compressor, hidden, layout, positions, stored=None):
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
         attention = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         attended = (attention @ values.repeat_interleave(repeat, 1)).transpose(1, 2).flatten(2)
-        hidden = backbone.output(layer, entered, attended)
+        hidden = backbone.add_mlp(layer, backbone.add_attention(layer, entered, attended))
         if compressor is not None:
             keep = compressor.after_layer(layer_output(backbone, layer, entered, hidden, layout, rotary))
             if keep is not None:
@@ -91,8 +91,9 @@ def test_the_scores_alone_say_what_stays(case):
 
 
 @torch.no_grad()
-def through_the_decoder(case):
-    """The same of the decoder, once it tells a rule what entered the layer and lets survivors keep their positions."""
+@each_case("fastv")
+@torch.no_grad()
+def test_the_decoder_equals_the_released_code(case):
     backbone, embeds = llama_of(case), case.inputs["inputs_embeds"][0]
     start, length = case.params["image_start"], case.params["image_length"]
     table = torch.cat([embeds, case.inputs["w.model.embed_tokens.weight"]])  # id i below S stands for position i

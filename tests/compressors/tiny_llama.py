@@ -44,4 +44,5 @@ def layer_output(
 ) -> LayerOutput:
     """What a rule sees after a layer (0-based)."""
     last, count = layout.last_index(), layout.visual_counts
-    return LayerOutput(layer, backbone.num_layers, hidden, layout, backbone, rotary, last, count, entered)
+    known = {"embeddings": entered, "entered": layout, "layer_input": entered}
+    return LayerOutput(layer, backbone.num_layers, hidden, layout, backbone, rotary, last, count, **known)
