@@ -105,12 +105,10 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
 
 @exact
 def nearest_by_cosine(x: Tensor, targets: Tensor) -> Tensor:
-    """(B, n, D) and (B, c, D) → (B, n): the target most like each; at most BLOCK similarities at once."""
-    found = []
+    """(B, n, D) and (B, c, D) → (B, n): the target most like each; at most BLOCK values or similarities at once."""
     targets = unit(targets).transpose(1, 2)
-    for part in x.split(max(1, BLOCK // max(targets.shape[0] * targets.shape[2], 1)), dim=1):
-        found.append((unit(part) @ targets).argmax(-1))
-    return torch.cat(found, dim=1)
+    step = max(1, BLOCK // max(len(x) * max(targets.shape[1:]), 1))
+    return torch.cat([(unit(part) @ targets).argmax(-1) for part in x.split(step, dim=1)], dim=1)
 
 
 # --- Merging ----------------------------------------------------------------------------------------------------------
