@@ -101,17 +101,19 @@ def largest_determinant(kernel: Tensor, count: int) -> Tensor:
     What the picks so far span is left to the end.
     """
     sets = torch.arange(len(kernel), device=kernel.device)
-    rest = kernel.diagonal(dim1=1, dim2=2).clone()
-    floor = rest.amax(1, keepdim=True) * 1e-6
+    rest = kernel.diagonal(dim1=1, dim2=2)  # what the picks so far do not span of each
+    floor = 1e-6 * rest
     factors = kernel.new_zeros(len(kernel), count, kernel.shape[1])
+    picked = torch.zeros_like(rest, dtype=torch.bool)
     picks = []
     for step in range(count):
-        pick = rest.argmax(-1)
+        pick = rest.masked_fill(picked, -torch.inf).argmax(-1)
         left = rest[sets, pick].unsqueeze(1)
         known = factors[sets, :step, pick].unsqueeze(1) @ factors[:, :step]
-        factor = (kernel[sets, pick] - known.squeeze(1)) / left.clamp(min=1e-30).sqrt()
-        factors[:, step] = torch.where(left > floor, factor, 0.0)
+        factor = (kernel[sets, pick] - known.squeeze(1)) / left.sqrt()
+        factors[:, step] = torch.where(left > 0, factor, 0.0)
         rest = rest - factors[:, step].square()
-        rest[sets, pick] = -torch.inf
+        rest = torch.where(rest > floor, rest, 0.0)
+        picked[sets, pick] = True
         picks.append(pick)
     return torch.stack(picks, dim=1)

@@ -13,7 +13,7 @@ would stand.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from torch import Tensor
 from xcomp.compressor import About, Budget, Compressor, QuestionTokens
 from xcomp.merging import check_share, exact, top_ascending, top_each, unit
 from xcomp.visual import VisualTokens
-
-WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the Gaussians
 
 
 class VidCom2(Compressor):
@@ -36,6 +34,7 @@ class VidCom2(Compressor):
         ratio: float = 0.25  # share of the tokens kept
         channel_ratio: float = 0.5  # share of the channels compared, those of lowest variance
         temperature: float = 0.01  # of the softmax over frames
+        alphas: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5, 1.0, 2.0])  # variances of the Gaussians
         refill: bool = False  # what frames whose share is cut at 1 do not use goes to the others
 
         def __post_init__(self) -> None:
@@ -43,6 +42,8 @@ class VidCom2(Compressor):
             check_share("channel_ratio", self.channel_ratio)
             if not self.temperature > 0:
                 raise ValueError(f"temperature is {self.temperature}; it must be above 0")
+            if not self.alphas or min(self.alphas) <= 0:
+                raise ValueError(f"alphas is {self.alphas}; it must be numbers above 0, at least one")
 
     @classmethod
     def for_budget(cls, config: Config, budget: Budget, num_layers: int, tokens_per_frame: int) -> Config:
@@ -50,7 +51,7 @@ class VidCom2(Compressor):
 
     def before_llm(self, visual: VisualTokens, question: QuestionTokens | None) -> VisualTokens:
         c, frames = self.config, visual.frames()
-        of_video, of_frame = closeness(frames, channels(frames, c.channel_ratio))
+        of_video, of_frame = closeness(frames, channels(frames, c.channel_ratio), c.alphas)
         shares = frame_shares(of_video, c.ratio, c.temperature, refill=c.refill)
         counts = (shares.double() * frames.shape[1]).round().clamp(min=1).long()
         return visual.select(top_each(-(of_video + of_frame), counts).flatten())
@@ -64,12 +65,12 @@ def channels(frames: Tensor, ratio: float) -> Tensor:
 
 
 @exact
-def closeness(frames: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
+def closeness(frames: Tensor, channels: Tensor, alphas: list[float]) -> tuple[Tensor, Tensor]:
     """(T, N, D) → each token's G to the mean of the video and to that of its frame, both (T, N) float32."""
     x = unit(frames[..., channels])
     means = x.mean(dim=(0, 1), keepdim=True), x.mean(dim=1, keepdim=True)
     squares = [(x - mean).square().sum(-1) for mean in means]
-    of_video, of_frame = (sum((-square / (2 * width)).exp() for width in WIDTHS) for square in squares)
+    of_video, of_frame = (sum((-square / (2 * alpha)).exp() for alpha in alphas) for square in squares)
     return of_video, of_frame
 
 

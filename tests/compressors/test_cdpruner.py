@@ -47,6 +47,9 @@ def test_equals_determinants_by_hand(num_frames, width, count):
 def test_what_the_picks_span_is_left_to_the_end():
     x = torch.eye(3)[[0, 0, 1, 0, 2, 1]]
     assert largest_determinant((x @ x.T)[None], 6).tolist() == [[0, 2, 4, 1, 3, 5]]
+    x = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))  # five independent ones at most
+    order = largest_determinant(kernel(x[None], torch.full((1, 40), 0.3)), 40)[0].tolist()
+    assert sorted(order) == list(range(40)) and order[5:] == sorted(order[5:])
 
 
 def test_options():

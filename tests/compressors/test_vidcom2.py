@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden import each_case
 from made_visual import class_of, make, visual
-from xcomp.compressors.vidcom2 import WIDTHS, channels, closeness, frame_shares, with_row_ends
+from xcomp.compressors.vidcom2 import channels, closeness, frame_shares, with_row_ends
 
 from xcomp.visual import VisualTokens
 
@@ -14,15 +14,15 @@ from xcomp.visual import VisualTokens
 @each_case("vidcom2")
 def test_released(case):
     p = case.params
-    assert tuple(p["alphas"]) == WIDTHS
     frames = case.inputs["x"].unflatten(0, (-1, p["tokens_per_frame"]))
     chosen = channels(frames, p["channel_ratio"])
     assert chosen.tolist() == case.outputs["channels"].tolist()
-    for ours, theirs in zip(closeness(frames, chosen), ("video_score", "frame_score")):
+    for ours, theirs in zip(closeness(frames, chosen, p["alphas"]), ("video_score", "frame_score")):
         torch.testing.assert_close(ours, case.outputs[theirs], rtol=1e-5, atol=1e-6)
-    shares = frame_shares(closeness(frames, chosen)[0], p["base_scale"], p["temperature"])
-    torch.testing.assert_close(shares, case.outputs["scales"], rtol=1e-4, atol=0)
-    rule = make("vidcom2", ratio=p["base_scale"], channel_ratio=p["channel_ratio"], temperature=p["temperature"])
+    shares = frame_shares(closeness(frames, chosen, p["alphas"])[0], p["base_scale"], p["temperature"])
+    torch.testing.assert_close(shares, case.outputs["scales"], rtol=1e-5, atol=0)
+    options = {name: p[name] for name in ("channel_ratio", "temperature", "alphas")}
+    rule = make("vidcom2", ratio=p["base_scale"], **options)
     out = rule.before_llm(VisualTokens.from_frames(frames), None)
     assert out.counts().tolist() == case.outputs["per_frame"].tolist()
     assert out.index.tolist() == case.outputs["keep"].tolist()
@@ -78,7 +78,12 @@ def test_row_ends_stand_in_their_rows():
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"ratio": 0}, "^ratio is 0;"), ({"channel_ratio": 2}, "^channel_ratio"), ({"temperature": 0}, "^temperature")],
+    [
+        ({"ratio": 0}, "^ratio is 0;"),
+        ({"channel_ratio": 2}, "^channel_ratio"),
+        ({"temperature": 0}, "^temperature"),
+        ({"alphas": []}, "^alphas is"),
+    ],
 )
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
