@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xcomp import merging
 from xcomp.compressor import About, Budget, Compressor, QuestionTokens
-from xcomp.merging import check_share, exact, unit
+from xcomp.merging import check_share, exact, places, unit
 from xcomp.visual import VisualTokens
 
 
@@ -65,8 +65,7 @@ class CDPruner(Compressor):
         else:
             relevant = relevance(frames, question.embeddings, c.relevance_sign, per_frame=c.per_frame)
         kept = most_conditionally_diverse(frames, relevant, max(1, round(frames.shape[1] * c.ratio)))
-        first = frames.shape[1] * torch.arange(len(frames), device=kept.device).unsqueeze(1)
-        return visual.select((kept + first).flatten())
+        return visual.select(places(kept, frames.shape[1]))
 
 
 @exact

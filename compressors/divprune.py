@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xcomp import merging
 from xcomp.compressor import About, Budget, Compressor, QuestionTokens
-from xcomp.merging import check_share, exact, unit
+from xcomp.merging import check_share, exact, places, unit
 from xcomp.visual import VisualTokens
 
 
@@ -47,7 +47,7 @@ class DivPrune(Compressor):
         else:
             frames = visual.frames()
             kept = most_diverse(frames, self._count(frames.shape[1]))
-            kept = (kept + frames.shape[1] * torch.arange(len(frames), device=kept.device).unsqueeze(1)).flatten()
+            kept = places(kept, visual.frame_tokens)
         return visual.select(kept.sort().values)
 
     def _count(self, num_tokens: int) -> int:

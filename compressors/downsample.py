@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from xcomp.compressor import About, Budget, Compressor, QuestionTokens
-from xcomp.merging import at_places, exact, frame_sizes
+from xcomp.merging import at_places, exact, frame_sizes, places
 from xcomp.visual import VisualTokens
 
 
@@ -65,8 +65,8 @@ class Downsample(Compressor):
         if self.config.ratio == 1:
             return visual
         tokens, slots, size = pool(visual.frames(), frame_sizes(visual), visual.grid, self.config.ratio)
-        first = visual.frame_tokens * torch.arange(len(tokens), device=slots.device).unsqueeze(1)
-        return at_places(visual, tokens.flatten(0, 1), (slots + first).flatten(), size.flatten())
+        index = places(slots.expand(len(tokens), -1), visual.frame_tokens)
+        return at_places(visual, tokens.flatten(0, 1), index, size.flatten())
 
 
 def smaller(grid: tuple[int, int], ratio: float) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from xcomp.merging import (
     frame_sizes,
     nearest_by_cosine,
     others,
+    places,
     rows,
     top,
     top_ascending,
@@ -90,8 +91,7 @@ class FastVID(Compressor):
                 f"lower p, now {c.p}, or ratio, now {c.ratio:g}"
             )
         merged, index, size = merge_segments(frames, frame_sizes(visual), salient, lengths, anchors, c.p, c.beta)
-        first = frames.shape[1] * torch.arange(len(frames), device=salient.device).unsqueeze(1)
-        stay = (salient + first).flatten()
+        stay = places(salient, frames.shape[1])
         tokens = torch.cat([visual.tokens[stay].float(), merged])
         return at_places(
             visual, tokens, torch.cat([stay, index]), torch.cat([frame_sizes(visual).view(-1)[stay], size])
@@ -141,8 +141,8 @@ def merge_segments(
             chosen = top_ascending(peaks[frame], count)
             values, sizes = merge_into_anchors(pool, pool_size, rest[frame, chosen], beta)
             out.append((values, frame * frames.shape[1] + slots[frame, chosen], sizes / len(at)))
-    merged, places, sizes = (torch.cat(parts) for parts in zip(*out))
-    return merged, places, sizes
+    merged, index, sizes = (torch.cat(parts) for parts in zip(*out))
+    return merged, index, sizes
 
 
 def merge_into_anchors(pool: Tensor, size: Tensor, anchors: Tensor, beta: float) -> tuple[Tensor, Tensor]:

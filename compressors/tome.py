@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from xcomp.compressor import About, Budget, Compressor, QuestionTokens
-from xcomp.merging import at_places, check_share, exact, frame_sizes, merge_into, unit
+from xcomp.merging import at_places, check_share, exact, frame_sizes, merge_into, places, unit
 from xcomp.visual import VisualTokens
 
 
@@ -51,9 +51,8 @@ class ToMe(Compressor):
         if target == frames.shape[1]:
             return visual
         merged, size, slot = merge_rounds(frames, size, target, released_order=self.config.released_order)
-        first = visual.frame_tokens * torch.arange(len(frames), device=slot.device).unsqueeze(1)
-        places = (slot + first).flatten()
-        return at_places(visual, merged.flatten(0, 1), places, size.flatten(), sort=not self.config.released_order)
+        index = places(slot, visual.frame_tokens)
+        return at_places(visual, merged.flatten(0, 1), index, size.flatten(), sort=not self.config.released_order)
 
 
 @exact

@@ -27,6 +27,7 @@ from xcomp.merging import (
     merge_into,
     nearest_by_cosine,
     others,
+    places,
     rows,
     top_ascending,
 )
@@ -74,9 +75,8 @@ class VisionZip(Compressor):
         tokens, slot, size = zip_frames(
             frames, scores, keys, dominant, contextual, size=frame_sizes(visual), mean=c.contextual == "mean"
         )
-        first = frames.shape[1] * torch.arange(len(frames), device=slot.device).unsqueeze(1)
         return at_places(
-            visual, tokens.flatten(0, 1), (slot + first).flatten(), size.flatten(), sort=not c.released_order
+            visual, tokens.flatten(0, 1), places(slot, frames.shape[1]), size.flatten(), sort=not c.released_order
         )
 
 

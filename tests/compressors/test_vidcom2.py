@@ -80,8 +80,8 @@ def test_row_ends_stand_in_their_rows():
     "options, message",
     [
         ({"ratio": 0}, "^ratio is 0;"),
-        ({"channel_ratio": 2}, "^channel_ratio"),
-        ({"temperature": 0}, "^temperature"),
+        ({"channel_ratio": 2}, "^channel_ratio is 2;"),
+        ({"temperature": 0}, "^temperature is 0; it must be above 0$"),
         ({"alphas": []}, "^alphas is"),
     ],
 )
