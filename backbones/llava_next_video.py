@@ -30,13 +30,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate
 from transformers import (
     LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
     PreTrainedConfig,
 )
 
-from xcomp.backbone import Backbone, Prompt, ShownVideo
+from xcomp.backbone import Backbone, Prompt, ShownVideo, attention_probabilities
 from xcomp.checkpoint import (
     build_model,
     check_ids,
@@ -62,6 +63,8 @@ MODELS = {
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 # Towers with a class token must lose it before pooling, those without must not lose a patch.
 TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+# What is known of either's tokens; the former's class token tells cls_attention too.
+FEATURES = ("keys", "frame", "pooling_attention")
 VIDEO = "<video>"
 
 # What each language model was tuned with, for checkpoints that hold no chat template.
@@ -155,6 +158,10 @@ def tokens_per_frame(config: PreTrainedConfig) -> int:
     return (side // config.spatial_pool_stride) ** 2
 
 
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
 # --- the backbone -----------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +200,10 @@ class LlavaNextVideo(Backbone):
         with within(where if folder is None else f"'{folder}'"):
             self.pixel_format = pixel_format(self._numbers, found.vision_config.image_size)
         self.tokens_per_frame = tokens_per_frame(found)
+        side = math.isqrt(self.tokens_per_frame)
+        self.grid = side, side
+        has_class = TOWERS[found.vision_config.model_type] == "default"
+        self.tower_features = ("attention", *(["cls_attention"] if has_class else []), *FEATURES)
         self.model = build_model(MODELS[found.model_type], folder, found, config)
         self.tokenizer = load_tokenizer(folder, config.tokenizer, self.text_config)
         if self.tokenizer is not None:
@@ -223,13 +234,67 @@ class LlavaNextVideo(Backbone):
         size = self.model.config.vision_config.image_size
         if pixels.ndim != 4 or not len(pixels) or pixels.shape[1:] != (3, size, size):
             raise ValueError(f"pixels must be (T, 3, {size}, {size}), T at least 1, not {tuple(pixels.shape)}")
-        tokens = []
-        for frames in pixels.split(self.config.frame_batch):
-            # Every frame is a video of its own: a newline at the end of a video is cut off with its frame.
-            videos = frames.to(self.device, self.dtype).unsqueeze(1)
-            features = self.model.model.get_video_features(videos).pooler_output
-            tokens.append(features[:, : self.tokens_per_frame])
-        return torch.cat(tokens)
+        return torch.cat([self._tokens(frames) for frames in pixels.split(self.config.frame_batch)])
+
+    def _tokens(self, frames: Tensor) -> Tensor:
+        # Every frame is a video of its own: a newline at the end of a video is cut off with its frame.
+        videos = frames.to(self.device, self.dtype).unsqueeze(1)
+        features = self.model.model.get_video_features(videos).pooler_output
+        return features[:, : self.tokens_per_frame]
+
+    def encode_with(self, pixels: Tensor, features: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tokens, and what the layer that they are taken from knows of them, pooled to their grid by averaging.
+
+        ``frame`` is the class token there, and ``pooling_attention`` what it looks at; without a class token the mean
+        of a frame's patches, and the attention that they receive.
+        """
+        index = self.model.config.vision_feature_layer
+        index = index if isinstance(index, int) else index[-1]
+        layers = [module for module in self.model.model.vision_tower.modules() if hasattr(module, "self_attn")]
+        layer = layers[index - 1 if index > 0 else index]
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            getattr(layer.self_attn, f"{name}_proj").register_forward_hook(
+                lambda module, given, out, name=name: seen.update({name: out})
+            )
+            for name in ("q", "k")
+        ]
+        hooks.append(layer.register_forward_hook(lambda module, given, out: seen.update(hidden=_first(out))))
+        tokens, parts = [], []
+        try:
+            for frames in pixels.split(self.config.frame_batch):
+                tokens.append(self._tokens(frames))
+                parts.append(self._tower(layer.self_attn.head_dim, **seen))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat(tokens), {name: torch.cat([part[name] for part in parts]) for name in features}
+
+    def _tower(self, head_dim: int, q: Tensor, k: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Of ``q``, ``k`` and ``hidden`` (T, S, W) of a tower's layer, S with a class token if there is one."""
+        queries, keys = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k))
+        attention = torch.cat([attention_probabilities(*pair) for pair in zip(queries.split(1), keys.split(1))])
+        received, keys = attention.mean((1, 2)), keys.float().mean(1)
+        if "cls_attention" not in self.tower_features:
+            patches = {"attention": received, "pooling_attention": received, "keys": keys}
+            frame = hidden.float().mean(1)
+        else:
+            of_class = attention[:, :, 0, 1:]
+            patches = {"attention": received[:, 1:], "cls_attention": of_class.sum(1), "keys": keys[:, 1:]}
+            patches["pooling_attention"] = of_class.mean(1)
+            frame = hidden[:, 0].float()
+        return {"frame": frame, **{name: self._pool(values).flatten(0, 1) for name, values in patches.items()}}
+
+    def _pool(self, values: Tensor) -> Tensor:
+        """(T, P) or (T, P, K) of patches → (T, N) or (T, N, K) of the grid."""
+        side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
+        image = values.unflatten(1, (side, side)).reshape(len(values), side, side, -1).permute(0, 3, 1, 2)
+        if self.model.config.model_type == "llava_onevision":
+            image = interpolate(image, size=self.grid, mode="bilinear")
+        else:
+            image = avg_pool2d(image, self.model.config.spatial_pool_stride)
+        pooled = image.flatten(2).transpose(1, 2)
+        return pooled if values.ndim == 3 else pooled[..., 0]
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """The newline vector is in none of them: it stays as it is."""

@@ -20,8 +20,6 @@ import copy
 import math
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2Model
 
-from xcomp.backbone import Backbone, Prompt, ShownVideo, no_autocast
+from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.checkpoint import (
     DTYPES,
     FLOATS,
@@ -59,6 +57,7 @@ from xcomp.checkpoint import (
     within,
     write_json,
 )
+from xcomp.merging import exact_float32
 from xcomp.pixels import PixelFormat
 
 SHARD_BYTES = 5_000_000_000
@@ -145,26 +144,6 @@ def merge_round(sums: Tensor, num_merged: int, num_heads: int) -> Tensor:
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-@contextmanager
-def exact_float32(device_type: str) -> Iterator[None]:
-    """No autocast and no TF32 inside: a rounded score would change which tokens merge."""
-    modules = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    with no_autocast(device_type):
-        if not all(hasattr(module, "fp32_precision") for module in modules):  # before torch 2.9
-            modules, before = [], torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-        saved = [module.fp32_precision for module in modules]
-        try:
-            for module in modules:
-                module.fp32_precision = "ieee"
-            yield
-        finally:
-            for module, precision in zip(modules, saved):
-                module.fp32_precision = precision
-            if not modules:
-                torch.set_float32_matmul_precision(before)
 
 
 # --- vision towers and projector --------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from xcomp.decoder import Decoder, Observation, QuestionNeeded, State
 from xcomp.inflight import VideoInFlight
 from xcomp.ledger import Work
 from xcomp.selector import FrameQuery, FrameSelector, SelectionCost
+from xcomp.visual import VisualTokens
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,13 @@ class Spans:
 class Chunk:
     """Consecutive frames as the language model has them, with the caches of their pass if no question was needed.
 
-    ``frames`` are their places among the candidates, ``tokens`` (T / merged, N, D) their visual tokens.
+    ``frames`` are their places among the candidates, ``tokens`` the visual tokens of ``groups`` frames as the backbone
+    merges them.
     """
 
     frames: list[int]
-    tokens: Tensor
+    groups: int
+    tokens: Tensor | VisualTokens
     state: State | None
 
 
@@ -131,10 +134,10 @@ class QCComp(FrameSelector):
         decoder = self._decoder(backbone, compressor, layers)
         totals = [FrameTotals(len(layers), len(candidates)) for _ in queries]
 
-        def tokens_of(places: list[int]) -> Tensor:
-            return video.tokens([candidates[i] for i in places])
+        def tokens_of(places: list[int], groups: int) -> VisualTokens:
+            return video.visual([candidates[i] for i in places]).first(groups)
 
-        for frames, tokens in self._chunks(backbone, len(candidates), tokens_of):
+        for frames, groups, tokens in self._chunks(backbone, len(candidates), tokens_of):
             prefix_ids = queries[0].prompt.prefix_ids
 
             def run(work: Work, tokens=tokens, prefix_ids=prefix_ids) -> State:
@@ -146,7 +149,7 @@ class QCComp(FrameSelector):
                 state = video.state((id(self), id(compressor), frames[0]), "select", run)
             except QuestionNeeded:
                 state = None
-            chunk = Chunk(frames, tokens, state)
+            chunk = Chunk(frames, groups, tokens, state)
             for query, total in zip(queries, totals):
                 with video.ledger.charge(query.work):
                     scores, macs = self._clip_scores(decoder, chunk, query.prompt, layers)
@@ -165,17 +168,17 @@ class QCComp(FrameSelector):
         encoded: dict[int, Tensor] = {}
         clip, merged = backbone.clip_frames, backbone.merged_frames
 
-        def tokens_of(places: list[int]) -> Tensor:
+        def tokens_of(places: list[int], count: int) -> Tensor:
             alignment = places[0] % clip
             if alignment not in encoded:
                 encoded.clear()
                 encoded[alignment] = backbone.encode(pixels.roll(-alignment, 0))
             groups = (torch.tensor(places[::merged]) - alignment) % len(pixels) // merged
-            return encoded[alignment][groups]
+            return encoded[alignment][groups][:count]
 
         total = FrameTotals(len(layers), len(pixels))
-        for frames, tokens in self._chunks(backbone, len(pixels), tokens_of):
-            scores, _ = self._clip_scores(decoder, Chunk(frames, tokens, None), prompt, layers)
+        for frames, groups, tokens in self._chunks(backbone, len(pixels), tokens_of):
+            scores, _ = self._clip_scores(decoder, Chunk(frames, groups, tokens, None), prompt, layers)
             total.add(frames, scores[list(layers)], self.config.clip_frames)
         return total.frame_scores()
 
@@ -192,27 +195,31 @@ class QCComp(FrameSelector):
         layers = range(backbone.num_layers) if layers is None else layers
         decoder = self._decoder(backbone, compressor, layers)
         prompt = Prompt(*map(torch.as_tensor, (prefix_ids, question_ids, header_ids)))
-        return self._clip_scores(decoder, Chunk([], tokens, None), prompt, layers)[0]
+        return self._clip_scores(decoder, Chunk([], len(tokens), tokens, None), prompt, layers)[0]
 
     def _decoder(self, backbone: Backbone, compressor: Compressor | None, layers: range) -> Decoder:
         return Decoder(backbone, compressor, stop_layer=layers[-1] + 1)
 
     def _chunks(
-        self, backbone: Backbone, num_frames: int, tokens_of: Callable[[list[int]], Tensor]
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """(places of its frames among the candidates, visual tokens) of each chunk. ``tokens_of`` gets whole clips."""
+        self, backbone: Backbone, num_frames: int, tokens_of: Callable[[list[int], int], Tensor | VisualTokens]
+    ) -> Iterator[tuple[list[int], int, Tensor | VisualTokens]]:
+        """Of each chunk the places of its frames among the candidates, how many groups they are, and their tokens.
+
+        ``tokens_of`` is given whole clips, and how many groups of them count.
+        """
         length, starts = chunk_starts(num_frames, self.config)
         whole = math.ceil(length / backbone.clip_frames) * backbone.clip_frames
         for start in starts:
             frames = [(start + i) % num_frames for i in range(whole)]
-            yield frames[:length], tokens_of(frames)[: math.ceil(length / backbone.merged_frames)]
+            groups = math.ceil(length / backbone.merged_frames)
+            yield frames[:length], groups, tokens_of(frames, groups)
 
     def _clip_scores(self, decoder: Decoder, chunk: Chunk, prompt: Prompt, layers: range) -> tuple[Tensor, int]:
         """As ``clip_scores``, and the MACs of the question's part (of the chunk too, where it was not run before)."""
         backbone = decoder.backbone
         skipped = self._skipped(backbone, prompt)
         clip_groups = self._clip_groups(backbone)
-        num_clips = math.ceil(len(chunk.tokens) / clip_groups)
+        num_clips = math.ceil(chunk.groups / clip_groups)
         scores = torch.full((backbone.num_layers, num_clips), math.nan, dtype=torch.float32)
         spans = Spans(len(prompt.prefix_ids), 0, len(prompt.question_ids), len(prompt.header_ids), skipped)
         clip_of, macs = torch.empty(0), 0
@@ -222,7 +229,7 @@ class QCComp(FrameSelector):
             frame = seen.layout.frame[0, seen.layout.visual[0]]
             if seen.layer == 0:  # frames as the language model has them: merging in time makes them fewer
                 shown = int(frame.max()) + 1
-                clip_of = torch.arange(shown) * len(chunk.tokens) // shown // clip_groups
+                clip_of = torch.arange(shown) * chunk.groups // shown // clip_groups
             if seen.layer in layers:
                 edges = torch.searchsorted(clip_of[frame], torch.arange(num_clips + 1))  # first token of each clip
                 scores[seen.layer] = self._layer_scores(backbone, seen, replace(spans, visual=len(frame)), edges)
@@ -295,18 +302,22 @@ class QCComp(FrameSelector):
         length, starts = chunk_starts(num_frames, self.config)
         prompt, groups = query.prompt, math.ceil(length / backbone.merged_frames)
         width = backbone.text_config.hidden_size
-        shown = compressor.before_llm(torch.empty(groups, backbone.tokens_per_frame, width, device="meta"))
-        plan = compressor.plan(backbone.num_layers, shown.shape[1])
-        if plan is None:
+        whole = torch.empty(groups, backbone.tokens_per_frame, width, device="meta")
+        try:
+            visual = Decoder(backbone, compressor).compress(whole, prompt.suffix_ids)
+        except (RuntimeError, NotImplementedError):  # it looks at the numbers
+            return None
+        plan, frames = compressor.plan(backbone.num_layers, visual.frame_tokens), visual.num_frames
+        if plan is None or not visual.is_whole:
             return None
         plan, shape = plan[: layers[-1] + 1], LLMShape.from_config(backbone.text_config)
         spans = Spans(len(prompt.prefix_ids), 0, len(prompt.question_ids), len(prompt.header_ids), 0)
         spans = replace(spans, skipped=self._skipped(backbone, prompt))
-        chunk = pass_cost(shape, planned_layers(plan, len(shown), spans.prefix)).macs
-        sizes = [spans.prefix + len(shown) * len(slots) for slots in plan]
+        chunk = pass_cost(shape, planned_layers(plan, frames, spans.prefix)).macs
+        sizes = [spans.prefix + frames * len(slots) for slots in plan]
         question = pass_cost(shape, appended_layers(sizes, len(prompt.suffix_ids), whole=True)).macs
         num_clips = math.ceil(groups / clip_groups)
-        frame_clip = torch.arange(len(shown)) * groups // len(shown) // clip_groups
+        frame_clip = torch.arange(frames) * groups // frames // clip_groups
         firsts = torch.searchsorted(frame_clip, torch.arange(num_clips + 1)).tolist()
         for layer in layers:
             question += self._scoring_macs(backbone, spans, [first * len(plan[layer]) for first in firsts])

@@ -16,8 +16,22 @@ def test_alone_in_full_and_amortised_by_those_who_used_it():
     users["chosen"] = Work("answer", 0.5, 10, {Work("select", 3.0, 7, {clip}), clip})
     found = shares(users)
     assert found[0].seconds == {"decode": 1, "vision": 2, "select": 0, "compress": 0, "prefill": 4, "answer": 0.5}
-    assert found[0].seconds_amortised == {"decode": 0.2, "vision": 0.4, "select": 0, "compress": 0, "prefill": 1, "answer": 0.5}
-    assert found["chosen"].seconds_amortised == {"decode": 0.2, "vision": 0.4, "select": 3, "compress": 0, "prefill": 0, "answer": 0.5}
+    assert found[0].seconds_amortised == {
+        "decode": 0.2,
+        "vision": 0.4,
+        "select": 0,
+        "compress": 0,
+        "prefill": 1,
+        "answer": 0.5,
+    }
+    assert found["chosen"].seconds_amortised == {
+        "decode": 0.2,
+        "vision": 0.4,
+        "select": 3,
+        "compress": 0,
+        "prefill": 0,
+        "answer": 0.5,
+    }
     assert found["chosen"].macs == {"decode": 0, "vision": 100, "select": 7, "compress": 0, "prefill": 0, "answer": 10}
 
 

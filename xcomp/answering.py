@@ -111,9 +111,11 @@ class Answerer:
         backbone = self.backbone
         backbone.clip_macs(backbone.pixel_format.largest)
         pixels = torch.zeros(backbone.clip_frames, 3, *backbone.pixel_format.largest, device=backbone.device)
-        tokens = backbone.encode(pixels.to(backbone.dtype))
+        pixels, needs = pixels.to(backbone.dtype), [need for need in self.compressor.needs if need != "grid"]
+        tokens, tower = backbone.encode_with(pixels, needs) if needs else (backbone.encode(pixels), {})
+        visual = VisualTokens.from_frames(tokens, backbone.grid, tower)
         prompt = backbone.prompt("?", ShownVideo(1.0, backbone.clip_frames))
-        self.decoder.generate(self.decoder.prefill(tokens, prompt.prefix_ids, prompt.suffix_ids), max_new_tokens=2)
+        self.decoder.generate(self.decoder.prefill(visual, prompt.prefix_ids, prompt.suffix_ids), max_new_tokens=2)
 
     # --- which frames -----------------------------------------------------------------------------------------------
 
@@ -272,13 +274,13 @@ class Answerer:
 
     def _compressed(self, video: VideoInFlight, frames: tuple[int, ...], suffix: Tensor | None = None) -> VisualTokens:
         """The tokens that enter the language model; ``suffix`` ids where the compressor looks at the question."""
-        tokens = video.tokens(frames)
+        tokens = video.visual(frames)
         if not (defines(self.compressor, "compress") or defines(self.compressor, "before_llm")):
             return self.decoder.compress(tokens)
         suffix = () if suffix is None else suffix
         with video.ledger.work("compress") as work:
             visual = self.decoder.compress(tokens, suffix)
-        key = tuple(tokens.shape), len(suffix)
+        key = len(tokens), len(suffix)
         if key not in self._compress_macs:  # counting is slow, and no question's work
             with video.ledger.charge(Work("compress")):
                 self._compress_macs[key] = count_macs(lambda: self.decoder.compress(tokens, suffix))[1]

@@ -173,6 +173,7 @@ class Backbone(nn.Module):
     clip_frames: int  # F; ``encode`` takes multiples of it
     merged_frames: int = 1  # pictures that share a group of N tokens; the language model's "frame" is such a group
     message_tokens: int = 0  # tokens that ``prompt`` puts between the video and the question, e.g. a time message
+    grid: tuple[int, int] | None = None  # rows and columns of a frame's tokens, where these are places in the picture
     tower_features: tuple[str, ...] = ()  # names of xcomp.visual.TOWER_FEATURES that ``encode_with`` gives
     pixel_format: PixelFormat
     language_model: nn.Module  # a transformers *Model: embed_tokens, layers, norm, rotary_emb

@@ -12,7 +12,7 @@ A compressor acts in one or more of these places and inherits the others, which 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -149,7 +149,9 @@ class LayerOutput:
                 raise ValueError(f"there is no layer after layer {self.num_layers}")
             return self.layer + 1, self.hidden
         if self.layer_input is None:
-            raise ValueError("this layer's attention is known neither before the first layer nor once tokens left in it")
+            raise ValueError(
+                "this layer's attention is known neither before the first layer nor once tokens left in it"
+            )
         return self.layer, self.layer_input
 
 
@@ -180,7 +182,7 @@ class Compressor(nn.Module):
 
     Config: type
     about: About | None = None
-    needs: tuple[str, ...] = ()  # names of xcomp.visual.TOWER_FEATURES that ``compress`` reads
+    needs: tuple[str, ...] = ()  # of xcomp.visual.TOWER_FEATURES what ``compress`` reads; ``grid``: it uses the grid
     uses_question: bool = False  # whether ``compress`` looks at the question: videos are then not stored without it
     keeps_positions: bool = False  # inside the language model: tokens keep their positions when others leave
     budget: Budget | None = None  # what YAML asks for beside the method's own options
@@ -199,11 +201,11 @@ class Compressor(nn.Module):
         if self._fits is backbone:
             return
         who = getattr(self, "plugin_name", type(self).__name__)
-        if missing := [need for need in self.needs if need not in backbone.tower_features]:
-            known = ", ".join(backbone.tower_features) or "nothing"
+        given = (*backbone.tower_features, *([] if backbone.grid is None else ["grid"]))
+        if missing := [need for need in self.needs if need not in given]:
             raise ValueError(
-                f"compressor '{who}' needs the vision tower's {', '.join(missing)}, but backbone "
-                f"'{getattr(backbone, 'plugin_name', type(backbone).__name__)}' gives {known}"
+                f"compressor '{who}' needs '{', '.join(missing)}' of the vision path, but backbone "
+                f"'{getattr(backbone, 'plugin_name', type(backbone).__name__)}' gives {', '.join(given) or 'none'}"
             )
         if self.budget is not None:
             try:

@@ -57,6 +57,14 @@ def check_encoded(who: str, tokens: Any, shape: tuple[int, int, int]) -> None:
     require(right, who, f"encode() must return (T, N, D) = {shape}, not {describe(tokens, False)}")
 
 
+def check_tower(who: str, tower: Any, needs: Sequence[str], num_groups: int, tokens_per_frame: int) -> None:
+    for name in needs:
+        rows = num_groups if name == "frame" else num_groups * tokens_per_frame
+        right = isinstance(tower.get(name), Tensor) and tower[name].shape[:1] == (rows,)
+        clause = f"encode_with() must give '{name}' with {rows} rows, not {describe(tower.get(name), False)}"
+        require(right, who, clause)
+
+
 def check_before_llm(who: str, given: Tensor, returned: Any) -> None:
     shape, right = tuple(given.shape), isinstance(returned, Tensor) and returned.ndim == 3
     clause = f"before_llm() must turn (T, N, D) = {shape} into (T', N', D), not {describe(returned, False)}"
@@ -119,7 +127,9 @@ def check_reduction(who: str, found: Any, layout: TokenLayout, width: int, metho
         require(len(order) > len(kept), who, f"{method}() must keep a visual token of every sample")
         if found.hidden is not None:
             right = found.hidden[row].shape == (len(order), width)
-            require(right, who, f"{method}(): hidden must be ({len(order)}, {width}), not {describe(found.hidden[row])}")
+            require(
+                right, who, f"{method}(): hidden must be ({len(order)}, {width}), not {describe(found.hidden[row])}"
+            )
         if found.size is not None:
             require(found.size[row].shape == (len(order),), who, f"{method}(): size must be ({len(order)},)")
 

@@ -34,7 +34,7 @@ from xcomp.compressor import (
     defines,
 )
 from xcomp.contract import check_compressed, check_keep, check_plan, check_reduction, name_of
-from xcomp.cost import LLMShape, appended_layers, count_macs, counted_layers, pass_cost, planned_layers
+from xcomp.cost import LLMShape, appended_layers, counted_layers, pass_cost, planned_layers
 from xcomp.generation import generate
 from xcomp.layout import TextBehind, TokenLayout, gather
 from xcomp.visual import VisualTokens
@@ -157,7 +157,12 @@ class Decoder:
         """Run ``[prefix | video | suffix]``: tokens (T, N, D) or VisualTokens and 1-D ids, or lists for a batch."""
         hidden, layout, tokens_per_frame, batched = self._assemble(tokens, prefix_ids, suffix_ids)
         state = State(
-            DynamicCache(), [], TokenLayout.text([0] * len(hidden)), None, batched, entered=layout.visual_counts,
+            DynamicCache(),
+            [],
+            TokenLayout.text([0] * len(hidden)),
+            None,
+            batched,
+            entered=layout.visual_counts,
             rule_macs=[0] * len(hidden),
         )
         observed = 0
@@ -200,7 +205,12 @@ class Decoder:
         if self.plan(tokens_per_frame) is None:
             self._refuse_to_store()
         state = State(
-            DynamicCache(), [], TokenLayout.text([0] * len(hidden)), None, batched, entered=layout.visual_counts,
+            DynamicCache(),
+            [],
+            TokenLayout.text([0] * len(hidden)),
+            None,
+            batched,
+            entered=layout.visual_counts,
             rule_macs=[0] * len(hidden),
         )
         self._run(hidden, layout, tokens_per_frame, wanted=None, state=state)
@@ -430,9 +440,7 @@ class Decoder:
     ) -> None:
         """Let the rule hide stored tokens from the layers that follow."""
         layout = stored.append(state.text)
-        step = DecodingStep(
-            layer, self.backbone.num_layers, rotary.apply(queries), keys, layout, state.answer_state
-        )
+        step = DecodingStep(layer, self.backbone.num_layers, rotary.apply(queries), keys, layout, state.answer_state)
         seen = self.compressor.while_decoding(step)
         if seen is not None:
             check_keep(name_of("compressor", self.compressor), seen, layout, "while_decoding")
@@ -526,9 +534,7 @@ class Decoder:
 class _Rules:
     """The rules of a compressor that looks at the data, through one pass."""
 
-    def __init__(
-        self, decoder: Decoder, hidden: Tensor, layout: TokenLayout, wanted: Tensor, state: State | None
-    ):
+    def __init__(self, decoder: Decoder, hidden: Tensor, layout: TokenLayout, wanted: Tensor, state: State | None):
         self.decoder, self.compressor, self.state = decoder, decoder.compressor, state
         self.layout = layout.with_positions() if self.compressor.keeps_positions else layout
         self.asked = [name for name in RULES if defines(self.compressor, name)]

@@ -174,6 +174,13 @@ class TokenLayout:
             return torch.cat([values[:, a:b] for a, b in spans], 1)
 
         part = self._with(cut, real=cut(self.real))
+        if self.position is not None:  # gaps within a span stay, those between spans do not
+            pieces, start = [], 0
+            for a, b in spans:
+                if a < b:
+                    pieces.append(self.position[:, a:b] - self.position[:, a : a + 1] + start)
+                    start = pieces[-1][:, -1:] + 1
+            part = replace(part, position=torch.cat(pieces, 1))
         first = part.frame.masked_fill(~part.visual, torch.iinfo(part.frame.dtype).max).amin(1, keepdim=True)
         return replace(part, frame=torch.where(part.visual, part.frame - first, part.frame))
 

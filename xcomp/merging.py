@@ -141,6 +141,12 @@ def frame_sizes(visual: VisualTokens) -> Tensor:
     return size.float().view(visual.num_frames, visual.frame_tokens)
 
 
+def places(slots: Tensor, tokens_per_frame: int) -> Tensor:
+    """Slots of each frame (T, c) → (T · c,) places among all tokens."""
+    first = tokens_per_frame * torch.arange(len(slots), device=slots.device)
+    return (slots + first.unsqueeze(1)).flatten()
+
+
 def at_places(visual: VisualTokens, tokens: Tensor, index: Tensor, size: Tensor, *, sort: bool = True) -> VisualTokens:
     """``visual`` with other tokens (M, D) at the places ``index`` (M,) of all that left the vision path.
 

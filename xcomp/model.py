@@ -24,7 +24,7 @@ from xcomp.backbone import Backbone
 from xcomp.benchmark import multiple_choice_prompt, parse_option
 from xcomp.compressor import Compressor
 from xcomp.config import ConfigError, Decoding, Generation, Memory, RunConfig, Sampling, Tune, build_component
-from xcomp.contract import check_encoded, name_of
+from xcomp.contract import check_encoded, check_tower, name_of
 from xcomp.data.module import Sample
 from xcomp.data.records import IGNORED
 from xcomp.decoder import Decoder
@@ -33,6 +33,7 @@ from xcomp.inflight import VideoInFlight
 from xcomp.ledger import shares
 from xcomp.selector import FrameSelector
 from xcomp.video import VideoError
+from xcomp.visual import VisualTokens
 
 
 def check_sampling(sampling: Sampling, backbone: Backbone) -> None:
@@ -110,7 +111,8 @@ class VideoQA(L.LightningModule):
             VideoError: if the file cannot be opened.
         """
         with DecodingPool(self.decoding, self.sampling) as pool:
-            with VideoInFlight(str(video), self.backbone, pool, self.memory, keep_states=True) as opened:
+            needs = self.compressor.needs
+            with VideoInFlight(str(video), self.backbone, pool, self.memory, keep_states=True, needs=needs) as opened:
                 opened.expect(self.answerer.expected)
                 _ = opened.info  # what cannot be opened is said now
                 yield opened
@@ -162,14 +164,23 @@ class VideoQA(L.LightningModule):
                 outcomes[number] = outcome
         return [outcomes[number] for number in range(len(queries))]
 
-    def _encode(self, pixels: list[Tensor]) -> list[Tensor]:
+    def _encode(self, pixels: list[Tensor]) -> list[VisualTokens]:
         """Tokens of several videos, resized frames, in one pass of the vision path: clips never interact there."""
-        groups = [len(p) // self.backbone.merged_frames for p in pixels]
-        together = torch.cat(pixels).to(self.backbone.device)
-        tokens = self.backbone.encode(self.backbone.pixel_format.normalise(together, self.backbone.dtype))
-        shape = (sum(groups), self.backbone.tokens_per_frame, self.backbone.text_config.hidden_size)
-        check_encoded(name_of("backbone", self.backbone), tokens, shape)
-        return list(tokens.split(groups))
+        backbone, needs = self.backbone, [need for need in self.compressor.needs if need != "grid"]
+        groups = [len(p) // backbone.merged_frames for p in pixels]
+        together = torch.cat(pixels).to(backbone.device)
+        together = backbone.pixel_format.normalise(together, backbone.dtype)
+        tokens, tower = backbone.encode_with(together, needs) if needs else (backbone.encode(together), {})
+        shape = (sum(groups), backbone.tokens_per_frame, backbone.text_config.hidden_size)
+        who = name_of("backbone", backbone)
+        check_encoded(who, tokens, shape)
+        check_tower(who, tower, needs, *shape[:2])
+        rows = {name: [n if name == "frame" else n * shape[1] for n in groups] for name in needs}
+        known = {name: values.split(rows[name]) for name, values in tower.items()}
+        return [
+            VisualTokens.from_frames(part, backbone.grid, {name: values[i] for name, values in known.items()})
+            for i, part in enumerate(tokens.split(groups))
+        ]
 
     # --- Lightning --------------------------------------------------------------------------------------------------
 

@@ -293,7 +293,9 @@ def _budget(kind: str, plugin_class: type, options: Mapping[str, Any], what: str
 
     given = options["budget"]
     if not isinstance(given, Mapping):
-        raise PluginError(f"{what}: budget is {given!r}; it must be a mapping: keep (a share), of (input, final, layers)")
+        raise PluginError(
+            f"{what}: budget is {given!r}; it must be a mapping: keep (a share), of (input, final, layers)"
+        )
     return {key: value for key, value in options.items() if key != "budget"}, make_config(Budget, given, what)
 
 

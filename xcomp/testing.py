@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,22 +26,32 @@ from torch import Tensor
 
 from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.benchmark import LETTERS, Question
-from xcomp.compressor import Compressor, LayerOutput
+from xcomp.compressor import (
+    RULES,
+    Compressor,
+    DecodingStep,
+    LayerOutput,
+    QuestionTokens,
+    Reduction,
+    defines,
+)
 from xcomp.config import Decoding
 from xcomp.contract import (
     ContractError,
     check_before_llm,
     check_chosen,
+    check_compressed,
     check_encoded,
     check_keep,
     check_pixel_format,
     check_plan,
     check_questions,
+    check_reduction,
     check_scores,
     require,
 )
 from xcomp.data.records import parse_record
-from xcomp.decoder import Decoder
+from xcomp.decoder import Decoder, QuestionNeeded
 from xcomp.decoding import Pending, Pixels, VideoInfo
 from xcomp.inflight import VideoInFlight
 from xcomp.layout import TokenLayout
@@ -48,6 +59,7 @@ from xcomp.pixels import PixelFormat
 from xcomp.registry import KINDS, make_config
 from xcomp.selector import FrameQuery, FrameSelector
 from xcomp.tiny import tiny_backbone
+from xcomp.visual import VisualTokens
 
 QUESTION = "Which symbol appears first, after the red one? (A) cross (B) ring"
 PARTS = {"vision", "projector", "llm"}
@@ -142,7 +154,7 @@ def _pixels(backbone: Backbone, frames: Tensor) -> Tensor:
 
 
 def _check_passes(
-    watch: Watch, backbone: Backbone, rule: Compressor, videos: list[Tensor], prompts: list[Prompt]
+    watch: Watch, backbone: Backbone, rule: Compressor, videos: list[Tensor | VisualTokens], prompts: list[Prompt]
 ) -> None:
     """Two videos through the language model: alone, as a batch in both orders, token by token, and stored."""
     decoder, before, after = Decoder(backbone, rule), [p.prefix_ids for p in prompts], [p.suffix_ids for p in prompts]
@@ -152,9 +164,12 @@ def _check_passes(
         again = decoder.prefill(video, prefix, suffix)
         watch.require(same(again.logits, state.logits), "a pass must give the same when it is repeated")
         step = decoder.decode(decoder.prefill(video, prefix, suffix[:-1]), suffix[-1:])
-        if rule.plan(backbone.num_layers, rule.before_llm(video).shape[1]) is not None:
+        stored = None
+        with suppress(QuestionNeeded):
+            stored = decoder.prefill_video(video, prefix)
+        if stored is not None:
             watch.require_close(step, state.logits, "decoding a token must give what a longer prefill gives")
-            stored = decoder.extend(decoder.prefill_video(video, prefix), suffix)
+            stored = decoder.extend(stored, suffix)
             watch.require_close(stored.logits, state.logits, "a question to a stored video must give what a pass gives")
     for order in ([0, 1], [1, 0]):
         batch = decoder.prefill(*([values[i] for i in order] for values in (videos, before, after)))
@@ -269,32 +284,42 @@ def _check_saving(watch: Watch, backbone: Backbone, pixels: Tensor, tokens: Tens
 
 
 class _Watched(Compressor):
-    """A compressor in a pass, with what it returns between the layers checked."""
+    """A compressor in a pass, with what it returns inside the language model checked."""
 
     def __init__(self, watch: Watch):
         super().__init__(None)
-        self.watch, self.before_llm, self.plan = watch, watch.plugin.before_llm, watch.plugin.plan
+        plugin = watch.plugin
+        self.fit, self.compress, self.plan = plugin.fit, plugin.compress, plugin.plan
+        self.uses_question, self.keeps_positions = plugin.uses_question, plugin.keeps_positions
+        for method in RULES:
+            if defines(plugin, method):
+                setattr(self, method, partial(self._watched, watch, method))
 
-    def after_layer(self, output: LayerOutput) -> Tensor | None:
-        keep = self.watch.call("after_layer", output, times=1)
-        if keep is not None:
-            check_keep(self.watch.who, keep, output.layout)
-        return keep
+    @staticmethod
+    def _watched(watch: Watch, method: str, given: LayerOutput | DecodingStep) -> Any:
+        found = watch.call(method, given, times=1)
+        if isinstance(found, Reduction):
+            check_reduction(watch.who, found, given.layout, given.hidden.shape[-1], method)
+        elif found is not None:
+            check_keep(watch.who, found, given.layout, method)
+        return found
 
 
 def check_compressor(plugin: Any, *, backbone: Backbone | None = None, **options: Any) -> None:
-    """Tokens before the language model, the plan, the rule between layers, whole passes, and the gradient."""
+    """Tokens before the language model, the plan, the rules inside it, whole passes, and the gradient."""
     watch, backbone = Watch("compressor", plugin, options), backbone or tiny_backbone()
     watch.plugin.eval()
+    with watch.guard("fit()"):
+        watch.plugin.fit(backbone)
     with torch.no_grad():
-        videos = [backbone.encode(_pixels(backbone, _frames(n * backbone.clip_frames))) for n in (1, 6)]
-        for video in videos:
-            width = _check_before_llm(watch, video)
+        videos = [_visual(backbone, watch.plugin, n * backbone.clip_frames) for n in (1, 6)]
+        prompts = [backbone.prompt(text, ShownVideo(8.0, v.num_frames)) for text, v in zip(("Why?", QUESTION), videos)]
+        for video, prompt in zip(videos, prompts):
+            width = _check_compressed(watch, backbone, video, prompt)
             planned = watch.call("plan", backbone.num_layers, width)
             if planned is not None:
                 with watch.guard("plan()"):
                     check_plan(planned, backbone.num_layers, width, "it")
-        prompts = [backbone.prompt(text, ShownVideo(8.0, len(v))) for text, v in zip(("Why?", QUESTION), videos)]
         with watch.guard("a pass through the language model"):
             _check_passes(watch, backbone, _Watched(watch), videos, prompts)
             state = Decoder(backbone, watch.plugin).prefill(videos[1], prompts[1].prefix_ids, prompts[1].suffix_ids)
@@ -304,24 +329,41 @@ def check_compressor(plugin: Any, *, backbone: Backbone | None = None, **options
     _check_gradient(watch, backbone, videos[1], prompts[1])
 
 
-def _check_before_llm(watch: Watch, video: Tensor) -> int:
-    """Tokens a frame afterwards."""
-    out = watch.call("before_llm", video)
-    check_before_llm(watch.who, video, out)
-    clause = f"before_llm() must turn tokens into tokens of the same type, not {out.dtype}"
-    watch.require(out.dtype == video.dtype, clause)
-    with watch.guard("before_llm()"):
-        short = watch.plugin.before_llm(video.bfloat16())
-    watch.require(short.dtype == torch.bfloat16, f"before_llm() must keep the type: bfloat16 became {short.dtype}")
-    return out.shape[1]
+def _visual(backbone: Backbone, compressor: Compressor, num_frames: int) -> VisualTokens:
+    """A video of noise as a run hands it to a compressor."""
+    pixels, needs = _pixels(backbone, _frames(num_frames)), [n for n in compressor.needs if n != "grid"]
+    tokens, tower = backbone.encode_with(pixels, needs) if needs else (backbone.encode(pixels), {})
+    return VisualTokens.from_frames(tokens, backbone.grid, tower)
 
 
-def _check_gradient(watch: Watch, backbone: Backbone, video: Tensor, prompt: Prompt) -> None:
-    video = video.clone().requires_grad_()
+def _check_compressed(watch: Watch, backbone: Backbone, video: VisualTokens, prompt: Prompt) -> int:
+    """Slots a frame afterwards."""
+    question, ids = None, prompt.suffix_ids.to(backbone.device)
+    if watch.plugin.uses_question:
+        question = QuestionTokens(ids, backbone.embed(ids))
+    if defines(watch.plugin, "before_llm"):
+        check_before_llm(watch.who, video.frames(), watch.call("before_llm", video.frames()))
+    out = watch.call("compress", video, question)
+    check_compressed(watch.who, video, out)
+    method = "compress() (before_llm())" if defines(watch.plugin, "before_llm") else "compress()"
+    clause = f"{method} must turn tokens into tokens of the same type, not {out.tokens.dtype}"
+    watch.require(out.tokens.dtype == video.tokens.dtype, clause)
+    half = dataclasses.replace(video, tokens=video.tokens.bfloat16())
+    if question is not None:
+        question = dataclasses.replace(question, embeddings=question.embeddings.bfloat16())
+    with watch.guard(method):
+        short = watch.plugin.compress(half, question).tokens
+    watch.require(short.dtype == torch.bfloat16, f"{method} must keep the type: bfloat16 became {short.dtype}")
+    return out.frame_tokens
+
+
+def _check_gradient(watch: Watch, backbone: Backbone, video: VisualTokens, prompt: Prompt) -> None:
+    tokens = video.tokens.clone().requires_grad_()
+    video = dataclasses.replace(video, tokens=tokens)
     with watch.guard("training"):
         logits = Decoder(backbone, watch.plugin).logits(video, prompt.prefix_ids, prompt.suffix_ids, [2])
         logits.float().square().mean().backward()
-    flows = video.grad is not None and bool(video.grad.isfinite().all()) and bool(video.grad.any())
+    flows = tokens.grad is not None and bool(tokens.grad.isfinite().all()) and bool(tokens.grad.any())
     watch.require(flows, "a gradient must flow from the logits through the compressor to the visual tokens")
     backbone.zero_grad()
 

@@ -6,6 +6,7 @@ also the shortest example of what a backbone has to define.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.pixels import PixelFormat
+from xcomp.visual import TOWER_FEATURES
 
 FAMILIES = {name.lower(): (f"{name}Config", f"{name}Model") for name in ("Qwen2", "Qwen3", "Llama", "Mistral")}
 
@@ -35,6 +37,7 @@ class TinyBackbone(Backbone):
     """A random language model of the Llama family; a frame's N tokens are linear in its 2×2 pixels."""
 
     clip_frames = 2
+    tower_features = tuple(TOWER_FEATURES)
     pixel_format = PixelFormat(2, resample="bilinear")
 
     @dataclass
@@ -53,6 +56,8 @@ class TinyBackbone(Backbone):
         text = getattr(transformers, config_name)(**sizes)
         text._attn_implementation = config.attn
         self.tokens_per_frame = config.tokens_per_frame
+        rows = 2 if config.tokens_per_frame % 2 == 0 else 1
+        self.grid = rows, config.tokens_per_frame // rows
         self.tokenizer = CharacterTokenizer()
         self.language_model = getattr(transformers, model_name)(text)
         self.lm_head = nn.Linear(32, 97, bias=False)
@@ -63,6 +68,15 @@ class TinyBackbone(Backbone):
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.projector(pixels.flatten(1)).unflatten(-1, (self.tokens_per_frame, 32))
+
+    def encode_with(self, pixels: Tensor, features: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """A tower of one layer that is the tokens themselves."""
+        tokens = self.encode(pixels)
+        attention = (tokens @ tokens.transpose(1, 2)).softmax(-1)
+        known = {"attention": attention.mean(1).flatten(), "cls_attention": attention[:, 0].flatten(),
+                 "pooling_attention": attention[:, -1].flatten(), "keys": tokens.flatten(0, 1),
+                 "frame": tokens.mean(1)}  # fmt: skip
+        return tokens, {name: known[name] for name in features}
 
     def prompt(self, question: str, video: ShownVideo) -> Prompt:
         return Prompt(torch.tensor([1, 2, 3]), self._ids(question), torch.tensor([4, 5]))

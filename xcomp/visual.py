@@ -18,9 +18,8 @@ TOWER_FEATURES = {
     "attention": "(n,) attention that each token receives in the last layer used, mean over heads and queries",
     "cls_attention": "(n,) attention that the class token pays to each in the last layer used, summed over heads",
     "keys": "(n, K) keys of the last layer used, mean over heads",
-    "hidden": "(n, K) the tower's output before the projector, pooled as the tokens are",
     "frame": "(T, K) one vector a frame",
-    "pooling_attention": "(n,) attention of the tower's pooling head to each token, mean over heads",
+    "pooling_attention": "(n,) attention to each token of what makes that vector (pooling head, class token, all)",
 }
 
 
@@ -80,6 +79,12 @@ class VisualTokens:
     def counts(self) -> Tensor:
         """(T,) tokens of each frame."""
         return torch.bincount(self.frame, minlength=self.num_frames)
+
+    def first(self, num_frames: int) -> VisualTokens:
+        """The first so many frames of a video that is whole, with what is known of the tower."""
+        rows = {name: num_frames if name == "frame" else num_frames * self.frame_tokens for name in self.tower}
+        tower = {name: values[: rows[name]] for name, values in self.tower.items()}
+        return VisualTokens.from_frames(self.frames()[:num_frames], self.grid, tower)
 
     def select(self, index: Tensor) -> VisualTokens:
         """The tokens at ``index`` (M',) long or (M,) bool, in that order."""

@@ -31,7 +31,7 @@ from xcomp.compare.records import RECORDS, Record, append_records, merge_records
 from xcomp.compare.report import read_run, table, write_report
 from xcomp.compare.statistics import summarise
 from xcomp.compare.tasks import VideoTask, share_out
-from xcomp.config import ConfigError, RunConfig, build_component, split_component
+from xcomp.config import ConfigError, RunConfig, build_component, component_parts, split_component
 from xcomp.contract import check_methods, check_questions, name_of
 from xcomp.decoding import DecodingPool
 from xcomp.inflight import PixelBudget, VideoInFlight
@@ -204,6 +204,7 @@ class Panel(L.LightningModule):
         self.benchmark = benchmark
         parts = [part for a in answerers.values() for part in (a.compressor, a.selector) if part is not None]
         self.parts = nn.ModuleList(dict.fromkeys(parts))  # so that Lightning moves them with the backbone
+        self.needs = dict.fromkeys(need for a in answerers.values() for need in a.compressor.needs)
         self.writes_to: Path | None = None
 
     def on_predict_start(self) -> None:
@@ -315,7 +316,12 @@ class _Ahead(Dataset):
         if index not in self.started:
             task, data = self.data.tasks[index], self.data
             video = VideoInFlight(
-                task.video, data.panel.backbone, data.pool, data.run.config.memory, budget=self.budget
+                task.video,
+                data.panel.backbone,
+                data.pool,
+                data.run.config.memory,
+                budget=self.budget,
+                needs=data.panel.needs,
             )
             video.expect(data.panel.expected(task))
             self.started[index] = video
@@ -324,8 +330,8 @@ class _Ahead(Dataset):
 
 def _key(node: Any) -> str:
     """What tells one component from another: its name and options."""
-    name, options = split_component("component", node)
-    return json.dumps([name, options], sort_keys=True)
+    nodes = [list(split_component("component", part)) for part in component_parts("compressor", node)]
+    return json.dumps(nodes, sort_keys=True)
 
 
 def _as_it_is(item: Any) -> Any:

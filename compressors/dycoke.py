@@ -1,0 +1,95 @@
+"""DyCoke, temporal part: in groups of four frames, three keep only the patches that changed.
+
+Paper: "DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models" (arXiv 2411.15024). With r the
+merging ratio, k = ⌊(1 − r) N⌋. Every second frame keeps its k tokens of lowest cosine to the same place in the frame
+before; of the others, every second keeps its k lowest against the one two frames earlier. Despite the name nothing
+is averaged.
+
+Deviations, undone by ``released: true``: the released code leaves the last group's third frame whole where four divides
+the number of frames, loses an odd last frame, fails for four frames or fewer, and puts a pruned frame's tokens in the
+order of rising similarity. Its pruning of the KV cache while decoding is here as a function only
+(:func:`keys_to_keep`); there, where attention resembles the step before, the released code reads the full cache again
+and ours keeps the earlier choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from xcomp.compressor import About, Budget, Compressor, QuestionTokens
+from xcomp.merging import cosine, top, top_ascending
+from xcomp.visual import VisualTokens
+
+
+class DyCoke(Compressor):
+    """Frames 0, 4, 8, … whole, the others pruned against an earlier frame."""
+
+    about = About(
+        "DyCoke: Dynamic Compression of Tokens for Fast Video LLMs (arXiv 2411.15024)",
+        "before the language model",
+        deviates="the last group and an odd last frame are pruned like all others; position order",
+    )
+
+    @dataclass
+    class Config:
+        merging_ratio: float = 0.7  # share of a pruned frame's tokens that leave
+        released: bool = False  # the released code's last frames and order of tokens
+
+        def __post_init__(self) -> None:
+            if not 0 <= self.merging_ratio <= 1:
+                raise ValueError(f"merging_ratio is {self.merging_ratio}; it must be a share from 0 to 1")
+
+    @classmethod
+    def for_budget(cls, config: Config, budget: Budget, num_layers: int, tokens_per_frame: int) -> Config:
+        """Exact where four divides the number of frames; else the last group's whole frame weighs a little more."""
+        if budget.keep < 0.25:
+            raise ValueError(f"dycoke cannot keep {budget.keep:g}, as one frame in four stays whole; nearest: 0.25")
+        # Rounded, so that ⌊(1 − r) N⌋ does not lose a token to 3.9999999.
+        return replace(config, merging_ratio=round(1 - (4 * budget.keep - 1) / 3, 12))
+
+    def compress(self, visual: VisualTokens, question: QuestionTokens | None) -> VisualTokens:
+        return visual.select(kept(visual.frames(), self.config.merging_ratio, released=self.config.released))
+
+
+def kept(frames: Tensor, ratio: float, *, released: bool = False) -> Tensor:
+    """(T, N, D) → (M,) the places that stay, frame by frame."""
+    num_frames, width = frames.shape[:2]
+    if released and num_frames <= 4:
+        raise ValueError(f"dycoke with released: true needs more than 4 frames, not {num_frames}")
+    if ratio == 0:
+        return torch.arange(num_frames * width, device=frames.device)
+    against = references(num_frames, released=released)
+    pruned = [t for t, other in against.items() if other != t]
+    likeness = cosine(frames[pruned], frames[[against[t] for t in pruned]])
+    count = int((1 - ratio) * width)
+    slots = (top if released else top_ascending)(-likeness, count)
+    whole = torch.arange(width, device=frames.device)
+    chosen = dict(zip(pruned, slots))
+    return torch.cat([t * width + chosen.get(t, whole) for t in against])
+
+
+def references(num_frames: int, *, released: bool = False) -> dict[int, int]:
+    """Which frame each frame is compared to; itself where it stays whole."""
+    against = {t: t - 1 if t % 2 else t - 2 if t % 4 == 2 else t for t in range(num_frames)}
+    if released:
+        against = {t: t if t % 4 == 2 and t - 2 >= num_frames - 4 else other for t, other in against.items()}
+        if num_frames % 2:
+            del against[num_frames - 1]
+    return against
+
+
+def keys_to_keep(
+    attention: Tensor, before: Tensor | None, kept: Tensor | None, *, drop: float = 0.7, alike: float = 0.9
+) -> Tensor:
+    """Decoding: which visual keys the next token sees, (V,) bool, from this token's ``attention`` (V,) to them.
+
+    The share ``drop`` of least attention leaves; where attention resembles the token's ``before`` (cosine of at least
+    ``alike``), the choice ``kept`` of then stays.
+    """
+    if before is not None and kept is not None and cosine(attention, before) >= alike:
+        return kept
+    chosen = top(attention.float(), max(1, round(len(attention) * (1 - drop))))
+    return torch.zeros_like(attention, dtype=torch.bool).scatter(0, chosen, True)
