@@ -25,6 +25,7 @@ Shape letters: T frames · N tokens a frame · D language-model width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 

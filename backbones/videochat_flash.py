@@ -20,6 +20,7 @@ import copy
 import math
 import re
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2Model
 
-from xcomp.backbone import Backbone, Prompt, ShownVideo
+from xcomp.backbone import Backbone, Prompt, ShownVideo, attention_probabilities
 from xcomp.checkpoint import (
     DTYPES,
     FLOATS,
@@ -119,19 +120,27 @@ def merge_tokens(tokens: Tensor, target: int, num_heads: int) -> Tensor:
     Output order: the last round's unmerged even tokens from most to least alike, then the odd ones in order. Gradients
     flow through the means, not through the choice.
     """
+    return merge_with(tokens, tokens[..., :0], target, num_heads)[0]
+
+
+def merge_with(tokens: Tensor, more: Tensor, target: int, num_heads: int) -> tuple[Tensor, Tensor]:
+    """:func:`merge_tokens`, and the means of what else is known of the patches, ``more`` (B, P, K), float32."""
+    width = tokens.shape[-1]
     with exact_float32(tokens.device.type):
         # Sums, with the number of patches in a last column; dividing once at the end gives the running means.
-        sums = torch.cat([tokens.float(), tokens.new_ones(*tokens.shape[:2], 1, dtype=torch.float32)], dim=-1)
+        ones = tokens.new_ones(*tokens.shape[:2], 1, dtype=torch.float32)
+        sums = torch.cat([tokens.float(), more.float(), ones], dim=-1)
         for num_merged in merge_schedule(tokens.shape[1], target):
-            sums = merge_round(sums, num_merged, num_heads)
-        return (sums[..., :-1] / sums[..., -1:]).to(tokens.dtype)
+            sums = merge_round(sums, num_merged, num_heads, width)
+        means = sums[..., :-1] / sums[..., -1:]
+        return means[..., :width].to(tokens.dtype), means[..., width:]
 
 
-def merge_round(sums: Tensor, num_merged: int, num_heads: int) -> Tensor:
-    """One bipartite round: the ``num_merged`` even tokens most like an odd one join it. (B, P, W + 1) float32."""
+def merge_round(sums: Tensor, num_merged: int, num_heads: int, width: int) -> Tensor:
+    """One bipartite round: the ``num_merged`` even tokens most like an odd one join it. (B, P, W + K + 1) float32."""
     even, odd = sums[:, ::2], sums[:, 1::2]
     # Mean over heads, then length one: the counts cancel, so sums serve as well as means.
-    metric = F.normalize(sums.detach()[..., :-1].unflatten(-1, (num_heads, -1)).mean(-2), dim=-1)
+    metric = F.normalize(sums.detach()[..., :width].unflatten(-1, (num_heads, -1)).mean(-2), dim=-1)
     score, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
     order = score.argsort(dim=-1, descending=True, stable=True)
     merged, kept = order[:, :num_merged], order[:, num_merged:]
@@ -191,13 +200,18 @@ class Attention(nn.Module):
             self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, H, P, K)."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         if self.normalise:
             q, k = self.q_norm(q), self.k_norm(k)
         else:
             q, v = q + self.q_bias, v + self.v_bias
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return q, k, v
 
 
 class Mlp(nn.Module):
@@ -291,6 +305,11 @@ class ToMeProjector(nn.Module):
     def forward(self, features: Tensor, num_frames: int) -> Tensor:
         """(B, P, W) features of clips of ``num_frames`` → (B, F·N, D)."""
         return self.mlp(merge_tokens(features, num_frames * self.tokens_per_frame, self.num_heads))
+
+    def forward_with(self, features: Tensor, more: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+        """The same, and the means of ``more`` (B, P, K) over the patches that each token stands for."""
+        tokens, means = merge_with(features, more, num_frames * self.tokens_per_frame, self.num_heads)
+        return self.mlp(tokens), means
 
 
 def _init_vision(module: nn.Module) -> None:
@@ -388,6 +407,7 @@ def read_architecture(folder: Path) -> dict[str, Any]:
 class VideoChatFlash(Backbone):
     """VideoChat-Flash with a UMT-L or InternVideo2-1B tower and a Qwen2 language model."""
 
+    tower_features = ("attention", "keys", "frame", "pooling_attention")
     message_tokens = 27  # the time message; counted so by the released frame selection whatever its digits
 
     @dataclass
@@ -576,14 +596,48 @@ class VideoChatFlash(Backbone):
         return self._encode(pixels, 1)
 
     def _encode(self, pixels: Tensor, clip_frames: int) -> Tensor:
+        tokens = [self.projector(self.vision_tower(clips), clip_frames) for clips in self._clips(pixels, clip_frames)]
+        return torch.cat(tokens).reshape(len(pixels), self.tokens_per_frame, -1)
+
+    def _clips(self, pixels: Tensor, clip_frames: int) -> Iterator[Tensor]:
+        """As many clips (B, F, 3, h, w) as go through the tower at once."""
         self._check_pixels(pixels, clip_frames)
         weight = self.vision_tower.patch_embed.proj.weight
         clip_batch = self.config.clip_batch or (2 if weight.device.type == "cpu" else 8)
-        tokens = []
         for clips in pixels.unflatten(0, (-1, clip_frames)).split(clip_batch):
-            features = self.vision_tower(clips.to(weight.device, weight.dtype))
-            tokens.append(self.projector(features, clip_frames))
-        return torch.cat(tokens).reshape(len(pixels), self.tokens_per_frame, -1)
+            yield clips.to(weight.device, weight.dtype)
+
+    def encode_with(self, pixels: Tensor, features: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tokens, and of the tower's last layer what the patches receive, averaged as the patches are merged.
+
+        ``frame`` is the mean of a frame's patches, so ``pooling_attention`` is the attention that they receive.
+        """
+        attention, seen, found = self.vision_tower.blocks[-1].attn, [], {name: [] for name in features}
+        hook, tokens = attention.register_forward_pre_hook(lambda module, given: seen.append(given[0])), []
+        try:
+            for clips in self._clips(pixels, self.clip_frames):
+                output = self.vision_tower(clips)
+                queries, keys, _ = attention.project(seen.pop())
+                # One clip and head at a time: a clip's patches squared are many.
+                received = torch.stack(
+                    [
+                        sum(attention_probabilities(q[None, None], k[None, None])[0, 0].mean(0) for q, k in zip(*clip))
+                        for clip in zip(queries, keys)
+                    ]
+                ).div(attention.num_heads)
+                more = torch.cat([received.unsqueeze(-1), keys.float().mean(1)], -1)[:, -output.shape[1] :]
+                merged, means = self.projector.forward_with(output, more, self.clip_frames)
+                tokens.append(merged)
+                frames = output.float().unflatten(1, (self.clip_frames, -1)).mean(2).flatten(0, 1)
+                means = means.flatten(0, 1)
+                known = {"attention": means[:, 0], "pooling_attention": means[:, 0]}
+                known |= {"keys": means[:, 1:], "frame": frames}
+                for name in features:
+                    found[name].append(known[name])
+        finally:
+            hook.remove()
+        tokens = torch.cat(tokens).reshape(len(pixels), self.tokens_per_frame, -1)
+        return tokens, {name: torch.cat(parts) for name, parts in found.items()}
 
     def _check_pixels(self, pixels: Tensor, clip_frames: int) -> None:
         if pixels.ndim != 4 or pixels.shape[1] != 3:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from xcomp.compressor import About, Budget, Compressor, QuestionTokens
-from xcomp.merging import cosine, top, top_ascending
+from xcomp.merging import check_share, cosine, top, top_ascending
 from xcomp.visual import VisualTokens
 
 
@@ -36,36 +36,44 @@ class DyCoke(Compressor):
     @dataclass
     class Config:
         merging_ratio: float = 0.7  # share of a pruned frame's tokens that leave
+        keep: float | None = None  # share of all tokens kept, whatever the number of frames; replaces merging_ratio
         released: bool = False  # the released code's last frames and order of tokens
 
         def __post_init__(self) -> None:
             if not 0 <= self.merging_ratio <= 1:
                 raise ValueError(f"merging_ratio is {self.merging_ratio}; it must be a share from 0 to 1")
+            if self.keep is not None:
+                check_share("keep", self.keep)
 
     @classmethod
     def for_budget(cls, config: Config, budget: Budget, num_layers: int, tokens_per_frame: int) -> Config:
-        """Exact where four divides the number of frames; else the last group's whole frame weighs a little more."""
+        """The ratio is right where four divides the number of frames; ``keep`` sees to others.
+
+        A short video whose frames 0, 4, 8, … are more than the share keeps these.
+        """
         if budget.keep < 0.25:
             raise ValueError(f"dycoke cannot keep {budget.keep:g}, as one frame in four stays whole; nearest: 0.25")
-        # Rounded, so that ⌊(1 − r) N⌋ does not lose a token to 3.9999999.
-        return replace(config, merging_ratio=round(1 - (4 * budget.keep - 1) / 3, 12))
+        return replace(config, merging_ratio=1 - (4 * budget.keep - 1) / 3, keep=budget.keep)
 
     def compress(self, visual: VisualTokens, question: QuestionTokens | None) -> VisualTokens:
-        return visual.select(kept(visual.frames(), self.config.merging_ratio, released=self.config.released))
+        c, frames = self.config, visual.frames()
+        num_frames, width = frames.shape[:2]
+        against = references(num_frames, released=c.released)
+        pruned = sum(other != t for t, other in against.items())
+        if c.keep is None:
+            count = int((1 - c.merging_ratio) * width)
+        else:
+            whole = len(against) - pruned
+            count = min(width, max(0, round((c.keep * num_frames - whole) * width / max(pruned, 1))))
+        return visual.select(kept(frames, against, count, released_order=c.released))
 
 
-def kept(frames: Tensor, ratio: float, *, released: bool = False) -> Tensor:
-    """(T, N, D) → (M,) the places that stay, frame by frame."""
-    num_frames, width = frames.shape[:2]
-    if released and num_frames <= 4:
-        raise ValueError(f"dycoke with released: true needs more than 4 frames, not {num_frames}")
-    if ratio == 0:
-        return torch.arange(num_frames * width, device=frames.device)
-    against = references(num_frames, released=released)
+def kept(frames: Tensor, against: dict[int, int], count: int, *, released_order: bool = False) -> Tensor:
+    """(T, N, D) → (M,) the places that stay: ``count`` of each frame compared to another, all of those that are not."""
+    width = frames.shape[1]
     pruned = [t for t, other in against.items() if other != t]
     likeness = cosine(frames[pruned], frames[[against[t] for t in pruned]])
-    count = int((1 - ratio) * width)
-    slots = (top if released else top_ascending)(-likeness, count)
+    slots = (top if released_order else top_ascending)(-likeness, count)
     whole = torch.arange(width, device=frames.device)
     chosen = dict(zip(pruned, slots))
     return torch.cat([t * width + chosen.get(t, whole) for t in against])
@@ -73,6 +81,8 @@ def kept(frames: Tensor, ratio: float, *, released: bool = False) -> Tensor:
 
 def references(num_frames: int, *, released: bool = False) -> dict[int, int]:
     """Which frame each frame is compared to; itself where it stays whole."""
+    if released and num_frames <= 4:
+        raise ValueError(f"dycoke with released: true needs more than 4 frames, not {num_frames}")
     against = {t: t - 1 if t % 2 else t - 2 if t % 4 == 2 else t for t in range(num_frames)}
     if released:
         against = {t: t if t % 4 == 2 and t - 2 >= num_frames - 4 else other for t, other in against.items()}

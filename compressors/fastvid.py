@@ -93,9 +93,8 @@ class FastVID(Compressor):
         merged, index, size = merge_segments(frames, frame_sizes(visual), salient, lengths, anchors, c.p, c.beta)
         stay = places(salient, frames.shape[1])
         tokens = torch.cat([visual.tokens[stay].float(), merged])
-        return at_places(
-            visual, tokens, torch.cat([stay, index]), torch.cat([frame_sizes(visual).view(-1)[stay], size])
-        )
+        sizes = torch.cat([frame_sizes(visual).flatten()[stay], size])
+        return at_places(visual, tokens, torch.cat([stay, index]), sizes)
 
 
 def counts(tokens_per_frame: int, ratio: float, d: float) -> tuple[int, int]:
@@ -141,10 +140,11 @@ def merge_segments(
             chosen = top_ascending(peaks[frame], count)
             values, sizes = merge_into_anchors(pool, pool_size, rest[frame, chosen], beta)
             out.append((values, frame * frames.shape[1] + slots[frame, chosen], sizes / len(at)))
-    merged, index, sizes = (torch.cat(parts) for parts in zip(*out))
-    return merged, index, sizes
+    values, index, sizes = (torch.cat(parts) for parts in zip(*out))
+    return values, index, sizes
 
 
+@exact
 def merge_into_anchors(pool: Tensor, size: Tensor, anchors: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Tokens (n, D) with sizes (n,) join the most alike of anchors (c, D), which are among them: values and sizes."""
     group = nearest_by_cosine(pool[None], anchors[None])

@@ -6,10 +6,11 @@ saved, and static patches are averaged over theirs. With R' = ratio · n / (n �
 patches are clustered to c = round(R' · number) density peaks (k = min(7, c)), each becoming beta times itself plus
 1 − beta times its members' mean; of each frame's other patches the ⌈R' · number⌉ of most attention stay.
 
-Deviations: tokens come in the order of position, a window's static ones in its first frame; ``released_order`` lists
-them first. Where merging alone saves more than asked, the released code keeps fewer than ratio; with ``exact``, which a
-budget asks for, the least static patches of windows are then not averaged, and all numbers are rounded to the nearest.
-The merge inside the language model is here as a function only (:func:`inner_merge`). Memory: a window's density is N².
+Deviations: tokens come in the order of position, a window's static ones in its first frame (``released_order``: first);
+a window's static patches leave one cluster at least. Where merging alone saves more than asked, the released code keeps
+fewer than ratio; with ``exact``, which a budget asks for, the least static patches of windows are then not averaged,
+and all numbers are rounded to the nearest. The merge inside the language model is here as a function only
+(:func:`inner_merge`). Memory: a window's density is N².
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ class HoliTom(Compressor):
         parts = []
         for (start, end), patches in zip(windows, static):
             slots = patches.nonzero()[:, 0]
-            count = round(len(slots) * share)
-            if count:
+            if len(slots):
+                count = max(1, round(len(slots) * share))
                 over_time = frames[start:end, slots].float().mean(0)
                 values, centres, sizes = merge_clusters(over_time, size[start:end, slots].sum(0), count, c.k, c.beta)
                 parts.append((values, start * width + slots[centres], sizes))

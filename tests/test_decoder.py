@@ -22,6 +22,7 @@ COMPRESSORS = {
     "avg_pool": {"tokens": 3},
 }
 BATCHED = COMPRESSORS | {"attention_drop": {}, "attention_drop uniform": {"uniform_stages": 1}}
+BATCHED |= {name: {} for name in plugins("compressor") if name not in BATCHED}
 
 
 def compressor(name):
@@ -102,15 +103,13 @@ def test_decode_and_extend_equal_a_longer_prefill(make_backbone, name):
     assert first.tokens_per_layer == whole.tokens_per_layer
 
 
-def test_no_compressor_is_left_out():
-    assert {name.split()[0] for name in BATCHED} == set(plugins("compressor"))
-
-
 @pytest.mark.parametrize("name", BATCHED)
 def test_a_batch_gives_the_logits_of_each_alone(make_backbone, name):
     backbone = make_backbone()
     torch.manual_seed(3)
-    videos = [tokens(backbone, frames, seed=frames) for frames in (2, 8, 4, 6)]
+    videos = [torch.rand(frames, 3, 2, 2) for frames in (2, 8, 4, 6)]
+    with torch.no_grad():
+        videos = [backbone.visual(pixels, compressor(name).needs) for pixels in videos]
     prefixes = [torch.randint(0, 97, (n,)) for n in (3, 2, 5, 3)]
     suffixes = [torch.randint(0, 97, (n,)) for n in (4, 7, 1, 9)]
     following = torch.randint(0, 97, (3, 4))
@@ -126,9 +125,11 @@ def test_a_batch_gives_the_logits_of_each_alone(make_backbone, name):
             for row, i in enumerate(order):
                 for step in range(4):
                     assert relative_error(together[step][row], alone[i][step]) < 2e-5
-            if name not in COMPRESSORS:  # decides from the question
+            try:
+                stored = decoder.prefill_video([videos[i] for i in order], [prefixes[i] for i in order])
+            except QuestionNeeded:
+                assert name not in COMPRESSORS
                 continue
-            stored = decoder.prefill_video([videos[i] for i in order], [prefixes[i] for i in order])
             extended = decoder.extend(stored, [suffixes[i] for i in order]).logits
             for row, i in enumerate(order):
                 assert relative_error(extended[row], alone[i][0]) < 2e-5

@@ -111,9 +111,7 @@ class Answerer:
         backbone = self.backbone
         backbone.clip_macs(backbone.pixel_format.largest)
         pixels = torch.zeros(backbone.clip_frames, 3, *backbone.pixel_format.largest, device=backbone.device)
-        pixels, needs = pixels.to(backbone.dtype), [need for need in self.compressor.needs if need != "grid"]
-        tokens, tower = backbone.encode_with(pixels, needs) if needs else (backbone.encode(pixels), {})
-        visual = VisualTokens.from_frames(tokens, backbone.grid, tower)
+        visual = backbone.visual(pixels.to(backbone.dtype), self.compressor.needs)
         prompt = backbone.prompt("?", ShownVideo(1.0, backbone.clip_frames))
         self.decoder.generate(self.decoder.prefill(visual, prompt.prefix_ids, prompt.suffix_ids), max_new_tokens=2)
 

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from xcomp.contract import check_encoded, check_tower, name_of
 from xcomp.cost import count_macs
 from xcomp.layout import TokenLayout, gather
 from xcomp.pixels import PixelFormat
+from xcomp.visual import VisualTokens
 
 # Most elements of a mask, or of a matrix of attention probabilities, that is made at once (one row at the least).
 ATTENTION_BLOCK = 2**24
@@ -187,7 +189,7 @@ class Backbone(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define encode(pixels)")
 
     def encode_with(self, pixels: Tensor, features: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """What ``encode`` gives, and what the tower knows of these tokens beside: those of ``tower_features`` asked for.
+        """What ``encode`` gives, and of ``tower_features`` those asked for, by name.
 
         Each is (T / merged_frames · N, …), or (T / merged_frames, …) for ``frame``.
         """
@@ -219,6 +221,15 @@ class Backbone(nn.Module):
     def preprocess(self, frames: Tensor) -> Tensor:
         """(T, H, W, 3) uint8 → (T, 3, h, w) normalised pixels of the model's type, by ``pixel_format``."""
         return self.pixel_format(frames, self.dtype)
+
+    def visual(self, pixels: Tensor, needs: Sequence[str] = ()) -> VisualTokens:
+        """(T, 3, h, w) → a video's tokens with their grid, and what compressors need of the tower (their ``needs``)."""
+        names, who = [need for need in needs if need != "grid"], name_of("backbone", self)
+        tokens, tower = self.encode_with(pixels, names) if names else (self.encode(pixels), {})
+        shape = (len(pixels) // self.merged_frames, self.tokens_per_frame, self.text_config.hidden_size)
+        check_encoded(who, tokens, shape)
+        check_tower(who, tower, names, *shape[:2])
+        return VisualTokens.from_frames(tokens, self.grid, tower)
 
     def check_frames(self, count: int) -> None:
         """ValueError unless ``count`` frames fill the clips that are encoded together; names a number that does."""
@@ -268,7 +279,8 @@ class Backbone(nn.Module):
 
         Here the running count, as in the Llama family: where tokens left, the rest is counted anew, unless the rule
         keeps positions (``layout.position``). A model whose tokens keep their places on several axes computes
-        (axes, B, S) from ``layout.frame`` and ``layout.places``: they say the same of a token at every layer. Text that follows text goes on by one on every axis.
+        (axes, B, S) from ``layout.frame`` and ``layout.places``: they say the same of a token at every layer. Text that
+        follows text goes on by one on every axis.
         """
         if layout.position is not None:
             return layout.position

@@ -151,7 +151,7 @@ def planned_layers(
 def counted_layers(
     sizes: Sequence[int], outputs: Sequence[int], *, whole: bool = False, rows: int = 1
 ) -> list[LayerWork]:
-    """A pass whose layers hold ``sizes`` positions, of which ``outputs`` (of all layers but the last) go through the MLP.
+    """A pass whose layers hold ``sizes`` positions, of which ``outputs`` (but in the last) go through the MLP.
 
     ``rows`` of the last layer are computed, at the end; ``whole`` as in :func:`appended_layers`.
     """

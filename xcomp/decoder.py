@@ -312,9 +312,17 @@ class Decoder:
 
     def compress(self, tokens: Video, suffix_ids: Ids = ()) -> VisualTokens:
         """The tokens of one video that enter the language model. What this returned is not compressed again."""
-        visual = tokens if isinstance(tokens, VisualTokens) else VisualTokens.from_frames(tokens)
+        visual = tokens
+        if not isinstance(visual, VisualTokens):
+            grid = self.backbone.grid if tokens.shape[1] == self.backbone.tokens_per_frame else None
+            visual = VisualTokens.from_frames(tokens, grid)
         if visual.compressed:
             return visual
+        if missing := [need for need in self.compressor.needs if need != "grid" and need not in visual.tower]:
+            raise ValueError(
+                f"{name_of('compressor', self.compressor)} needs '{', '.join(missing)}' of the vision tower: "
+                "give it what backbone.visual(pixels, compressor.needs) returns"
+            )
         question = None
         if self.compressor.uses_question:
             ids = _ids(suffix_ids)

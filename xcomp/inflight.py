@@ -19,7 +19,6 @@ from torch import Tensor
 
 from xcomp.backbone import Backbone
 from xcomp.config import Memory
-from xcomp.contract import check_encoded, check_tower, name_of
 from xcomp.decoding import GIGABYTE, DecodingPool, Pending, Pixels, VideoInfo
 from xcomp.ledger import Ledger, Work
 from xcomp.pixels import PixelFormat
@@ -69,7 +68,7 @@ class VideoInFlight:
         self._tokens = _Kept(int(self.memory.tokens * GIGABYTE))
         self._states = _Kept(int(self.memory.states * GIGABYTE) if keep_states else 0, at_least=1)
         self._keep_states = keep_states
-        self._needs = tuple(need for need in needs if need != "grid")
+        self._needs = tuple(needs)
         self._opening: Pending = pool.inspect(self.path)
         self._info: VideoInfo | None = None
         self._opened: Work | None = None
@@ -143,48 +142,33 @@ class VideoInFlight:
 
         Clips that were encoded before, for another question or arm, are not encoded again.
         """
-        return torch.cat([encoded["tokens"] for encoded in self._encoded(frames)])
+        return self.visual(frames).frames()
 
     def visual(self, frames: Sequence[int]) -> VisualTokens:
         """The same with the grid of a frame's tokens, and what the tower knows of them as far as it is needed."""
-        encoded = self._encoded(frames)
-        tower = {name: torch.cat([clip[name] for clip in encoded]) for name in self._needs}
-        return VisualTokens.from_frames(torch.cat([clip["tokens"] for clip in encoded]), self.backbone.grid, tower)
-
-    def _encoded(self, frames: Sequence[int]) -> list[dict[str, Tensor]]:
-        """Of each clip its tokens (F / merged_frames, N, D), and what is needed of the tower, by name."""
         self.backbone.check_frames(len(frames))
         clips = list(zip(*[iter(frames)] * self.backbone.clip_frames))
-        found: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        found: dict[tuple[int, ...], VisualTokens] = {}
         missing = [clip for clip in dict.fromkeys(clips) if not self._tokens.take(clip, self.ledger, found)]
         self._frames.announce([frame for clip in missing for frame in clip], (self.backbone.pixel_format,))
         together = max(1, ENCODED_TOGETHER // self.backbone.clip_frames)
         for start in range(0, len(missing), together):
             self._encode(missing[start : start + together], found)
-        return [found[clip] for clip in clips]
+        return VisualTokens.join([found[clip] for clip in clips])
 
-    def _encode(self, clips: list[tuple[int, ...]], found: dict[tuple[int, ...], dict[str, Tensor]]) -> None:
-        frames, merged = [frame for clip in clips for frame in clip], self.backbone.merged_frames
-        together, tower = Work("vision"), {}
+    def _encode(self, clips: list[tuple[int, ...]], found: dict[tuple[int, ...], VisualTokens]) -> None:
+        together = Work("vision")
         with self.ledger.charge(together):
-            pixels = self.normalised(frames)
-            if self._needs:
-                tokens, tower = self.backbone.encode_with(pixels, self._needs)
-            else:
-                tokens = self.backbone.encode(pixels)
-            who, groups = name_of("backbone", self.backbone), len(frames) // merged
-            per_frame = self.backbone.tokens_per_frame
-            check_encoded(who, tokens, (groups, per_frame, self.backbone.text_config.hidden_size))
-            check_tower(who, tower, self._needs, groups, per_frame)
+            visual = self.backbone.visual(self.normalised([frame for clip in clips for frame in clip]), self._needs)
         with self.ledger.charge(Work("vision")):  # counting is no question's work
             macs = self.backbone.clip_macs(self._frames.size_of(self.backbone.pixel_format))
-        parts = {name: values.chunk(len(clips)) for name, values in {"tokens": tokens, **tower}.items()}
-        for number, clip in enumerate(clips):
+        groups = len(clips[0]) // self.backbone.merged_frames
+        for clip, part in zip(clips, visual.split([groups] * len(clips))):
             needs = {self._opened, *(self._frames.works[frame] for frame in clip)}
             work = Work("vision", together.seconds / len(clips), macs, needs)
             self.ledger.use(work)
-            found[clip] = {name: values[number] for name, values in parts.items()}
-            self._tokens.put(clip, found[clip], sum(part.nbytes for part in found[clip].values()), work)
+            found[clip] = part
+            self._tokens.put(clip, part, part.nbytes, work)
 
     def features(
         self,

@@ -24,7 +24,7 @@ from xcomp.backbone import Backbone
 from xcomp.benchmark import multiple_choice_prompt, parse_option
 from xcomp.compressor import Compressor
 from xcomp.config import ConfigError, Decoding, Generation, Memory, RunConfig, Sampling, Tune, build_component
-from xcomp.contract import check_encoded, check_tower, name_of
+from xcomp.contract import name_of
 from xcomp.data.module import Sample
 from xcomp.data.records import IGNORED
 from xcomp.decoder import Decoder
@@ -166,21 +166,9 @@ class VideoQA(L.LightningModule):
 
     def _encode(self, pixels: list[Tensor]) -> list[VisualTokens]:
         """Tokens of several videos, resized frames, in one pass of the vision path: clips never interact there."""
-        backbone, needs = self.backbone, [need for need in self.compressor.needs if need != "grid"]
-        groups = [len(p) // backbone.merged_frames for p in pixels]
-        together = torch.cat(pixels).to(backbone.device)
-        together = backbone.pixel_format.normalise(together, backbone.dtype)
-        tokens, tower = backbone.encode_with(together, needs) if needs else (backbone.encode(together), {})
-        shape = (sum(groups), backbone.tokens_per_frame, backbone.text_config.hidden_size)
-        who = name_of("backbone", backbone)
-        check_encoded(who, tokens, shape)
-        check_tower(who, tower, needs, *shape[:2])
-        rows = {name: [n if name == "frame" else n * shape[1] for n in groups] for name in needs}
-        known = {name: values.split(rows[name]) for name, values in tower.items()}
-        return [
-            VisualTokens.from_frames(part, backbone.grid, {name: values[i] for name, values in known.items()})
-            for i, part in enumerate(tokens.split(groups))
-        ]
+        backbone, together = self.backbone, torch.cat(pixels).to(self.backbone.device)
+        visual = backbone.visual(backbone.pixel_format.normalise(together, backbone.dtype), self.compressor.needs)
+        return visual.split([len(p) // backbone.merged_frames for p in pixels])
 
     # --- Lightning --------------------------------------------------------------------------------------------------
 

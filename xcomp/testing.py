@@ -312,7 +312,8 @@ def check_compressor(plugin: Any, *, backbone: Backbone | None = None, **options
     with watch.guard("fit()"):
         watch.plugin.fit(backbone)
     with torch.no_grad():
-        videos = [_visual(backbone, watch.plugin, n * backbone.clip_frames) for n in (1, 6)]
+        pixels = [_pixels(backbone, _frames(n * backbone.clip_frames)) for n in (1, 6)]
+        videos = [backbone.visual(p, watch.plugin.needs) for p in pixels]
         prompts = [backbone.prompt(text, ShownVideo(8.0, v.num_frames)) for text, v in zip(("Why?", QUESTION), videos)]
         for video, prompt in zip(videos, prompts):
             width = _check_compressed(watch, backbone, video, prompt)
@@ -329,13 +330,6 @@ def check_compressor(plugin: Any, *, backbone: Backbone | None = None, **options
     _check_gradient(watch, backbone, videos[1], prompts[1])
 
 
-def _visual(backbone: Backbone, compressor: Compressor, num_frames: int) -> VisualTokens:
-    """A video of noise as a run hands it to a compressor."""
-    pixels, needs = _pixels(backbone, _frames(num_frames)), [n for n in compressor.needs if n != "grid"]
-    tokens, tower = backbone.encode_with(pixels, needs) if needs else (backbone.encode(pixels), {})
-    return VisualTokens.from_frames(tokens, backbone.grid, tower)
-
-
 def _check_compressed(watch: Watch, backbone: Backbone, video: VisualTokens, prompt: Prompt) -> int:
     """Slots a frame afterwards."""
     question, ids = None, prompt.suffix_ids.to(backbone.device)
@@ -345,7 +339,7 @@ def _check_compressed(watch: Watch, backbone: Backbone, video: VisualTokens, pro
         check_before_llm(watch.who, video.frames(), watch.call("before_llm", video.frames()))
     out = watch.call("compress", video, question)
     check_compressed(watch.who, video, out)
-    method = "compress() (before_llm())" if defines(watch.plugin, "before_llm") else "compress()"
+    method = "before_llm()" if defines(watch.plugin, "before_llm") else "compress()"
     clause = f"{method} must turn tokens into tokens of the same type, not {out.tokens.dtype}"
     watch.require(out.tokens.dtype == video.tokens.dtype, clause)
     half = dataclasses.replace(video, tokens=video.tokens.bfloat16())

@@ -7,7 +7,7 @@ where tokens were merged, for how many it stands.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -81,10 +81,30 @@ class VisualTokens:
         return torch.bincount(self.frame, minlength=self.num_frames)
 
     def first(self, num_frames: int) -> VisualTokens:
-        """The first so many frames of a video that is whole, with what is known of the tower."""
-        rows = {name: num_frames if name == "frame" else num_frames * self.frame_tokens for name in self.tower}
-        tower = {name: values[: rows[name]] for name, values in self.tower.items()}
-        return VisualTokens.from_frames(self.frames()[:num_frames], self.grid, tower)
+        """The first so many frames of a video that is whole."""
+        return self.split([num_frames, self.num_frames - num_frames])[0]
+
+    def split(self, counts: Sequence[int]) -> list[VisualTokens]:
+        """Videos of so many frames each, of one that is whole."""
+        tower = {}
+        for name, values in self.tower.items():
+            rows = counts if name == "frame" else [count * self.frame_tokens for count in counts]
+            tower[name] = values.split(list(rows))
+        return [
+            VisualTokens.from_frames(frames, self.grid, {name: values[i] for name, values in tower.items()})
+            for i, frames in enumerate(self.frames().split(list(counts)))
+        ]
+
+    @staticmethod
+    def join(videos: Sequence[VisualTokens]) -> VisualTokens:
+        """One video of the frames of several that are whole."""
+        tower = {name: torch.cat([video.tower[name] for video in videos]) for name in videos[0].tower}
+        return VisualTokens.from_frames(torch.cat([video.frames() for video in videos]), videos[0].grid, tower)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tokens and of what is known of the tower."""
+        return self.tokens.nbytes + sum(values.nbytes for values in self.tower.values())
 
     def select(self, index: Tensor) -> VisualTokens:
         """The tokens at ``index`` (M',) long or (M,) bool, in that order."""

@@ -4,15 +4,18 @@ import pytest
 import torch
 from golden import each_case
 from made_visual import class_of, cosines, make, visual
-from xcomp.compressors.divprune import most_diverse
+from xcomp.compressors.divprune import most_diverse, nearest_other
 
 from xcomp import merging
+from xcomp.merging import unit
 from xcomp.visual import VisualTokens
 
 
 @each_case("divprune")
 def test_released(case):
     x, keep = case.inputs["x"], case.outputs["keep"]
+    nearest = case.outputs["distance"].clone().fill_diagonal_(torch.inf).amin(1)
+    torch.testing.assert_close(nearest_other(unit(x)[None])[0], nearest, rtol=1e-5, atol=1e-6)
     assert most_diverse(x[None], case.params["keep"])[0].tolist() == case.outputs["selection_order"].tolist()
     video = VisualTokens.from_frames(x[None])
     out = make("divprune", ratio=case.params["ratio"]).compress(video, None)

@@ -50,7 +50,15 @@ def test_budget_has_a_floor():
     with pytest.raises(ValueError, match="^dycoke cannot keep 0.2, .* nearest: 0.25$"):
         rule.for_budget(rule.Config(), Budget(0.2), 28, 16)
     assert rule.for_budget(rule.Config(), Budget(0.25), 28, 16).merging_ratio == 1
-    assert rule.for_budget(rule.Config(), Budget(0.475), 28, 16).merging_ratio == 0.7
+    assert rule.for_budget(rule.Config(), Budget(0.475), 28, 16).merging_ratio == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("num_frames", range(1, 11))
+@pytest.mark.parametrize("keep", [0.25, 0.4, 0.8, 1])
+def test_budget_of_any_number_of_frames(num_frames, keep):
+    out = make("dycoke", keep=keep).compress(visual(num_frames, 9), None)
+    whole = -(-num_frames // 4)
+    assert abs(len(out) - max(keep * num_frames, whole) * 9) <= num_frames / 2
 
 
 def test_keys_while_decoding():
@@ -66,3 +74,5 @@ def test_keys_while_decoding():
 def test_wrong_options_are_refused(ratio):
     with pytest.raises(ValueError, match="^merging_ratio is .*; it must be a share from 0 to 1$"):
         class_of("dycoke").Config(merging_ratio=ratio)
+    with pytest.raises(ValueError, match="^keep is 0;"):
+        class_of("dycoke").Config(keep=0)

@@ -73,13 +73,13 @@ def by_hand(video, ratio, tau, beta, exact=False):
         if best is None or order > best[0]:
             best = (order, windows)
     (saved, _), windows = best
-    share = min(1, ratio * num_frames * width / (num_frames * width - saved))
+    share = min(1, ratio * (num_frames * width) / (num_frames * width - saved))
     out = []
     for a, b in windows:
         static = static_in(frames, a, b, tau)
         x = frames[a:b, static].mean(0)
-        count = round(len(static) * share)
-        if count:
+        if static:
+            count = max(1, round(len(static) * share))
             d = [[(u - v).norm().item() / math.sqrt(x.shape[1]) for v in x] for u in x]
             density = [math.exp(-sum(v * v for v in sorted(row)[: min(7, count)]) / min(7, count)) for row in d]
             score = []

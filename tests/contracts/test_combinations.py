@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from xcomp.backbone import ShownVideo
 from xcomp.compare.runner import compare
 from xcomp.config import parse_config
 from xcomp.contract import check_chosen, check_scores
+from xcomp.decoder import QuestionNeeded
 from xcomp.selector import FrameQuery
 from xcomp.testing import video_of
 
@@ -22,6 +24,15 @@ QUESTION = "Which symbol appears first, after the red one? (A) cross (B) ring"
 CLIPS = (2, 5)  # a video's length in clips of the backbone
 # A bfloat16 keeps eight bits; each of four layers loses some anew, and not the same ones in a batch or in two passes.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+def suits(rule, model):
+    """Whether a backbone gives what a compressor needs; if not, it is said before anything runs."""
+    missing = set(rule.needs) - {*model.tower_features, *(() if model.grid is None else ("grid",))}
+    if missing:
+        with pytest.raises(ValueError, match=f"needs '.*{sorted(missing)[0]}.*' of the vision path, but backbone"):
+            xcomp.Decoder(model, rule)
+    return not missing
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +66,11 @@ def selectors(tmp_path_factory):
 def test_every_backbone_answers_under_every_compressor(backbone, compressor, backbones, videos, dtype):
     """Alone, as a batch, and from a stored video where the rule does not need the question."""
     model, rule = backbones[backbone], xcomp.load_compressor(compressor)
+    if not suits(rule, model):
+        return
     decoder = xcomp.Decoder(model, rule)
-    tokens = [model.encode(model.preprocess(frames)) for frames in videos[backbone]]
-    prompts = [model.prompt(text, ShownVideo(4.0, len(pixels))) for text, pixels in zip(("Why?", QUESTION), tokens)]
+    tokens = [model.visual(model.preprocess(frames).to(model.device), rule.needs) for frames in videos[backbone]]
+    prompts = [model.prompt(text, ShownVideo(4.0, v.num_frames)) for text, v in zip(("Why?", QUESTION), tokens)]
     before, after = [p.prefix_ids for p in prompts], [p.suffix_ids for p in prompts]
     batch = decoder.prefill(tokens, before, after)
     for row, sample in enumerate(zip(tokens, before, after)):
@@ -66,7 +79,7 @@ def test_every_backbone_answers_under_every_compressor(backbone, compressor, bac
         assert len(counts) == model.num_layers and all(a >= b >= 1 for a, b in zip(counts, counts[1:]))
         assert counts == [of_layer[row] for of_layer in batch.tokens_per_layer]
         assert relative_error(batch.logits[row], alone.logits[0]) < TOLERANCE[dtype]
-        if rule.plan(model.num_layers, rule.before_llm(tokens[row]).shape[1]) is not None:
+        with suppress(QuestionNeeded):
             stored = decoder.extend(decoder.prefill_video(*sample[:2]), sample[2])
             assert relative_error(stored.logits, alone.logits) < TOLERANCE[dtype]
         assert len(decoder.generate(alone, max_new_tokens=2)) == 1
@@ -78,12 +91,14 @@ def test_every_backbone_answers_under_every_compressor(backbone, compressor, bac
 @torch.no_grad()
 def test_every_selector_picks_frames_for_every_pair(backbone, compressor, selector, backbones, videos, selectors):
     model, rule, chooser = backbones[backbone], xcomp.load_compressor(compressor), selectors[selector]
+    if not suits(rule, model):
+        return
     for frames in videos[backbone]:
         scores = torch.zeros(len(frames))
         if chooser.uses_video:
             shown = ShownVideo(4.0, len(frames))
             queries = [FrameQuery(text, model.prompt(text, shown)) for text in (QUESTION, "Why?")]
-            with video_of(frames, model) as video:
+            with video_of(frames, model, needs=rule.needs) as video:
                 found = chooser.score(video, queries, rule)
             for scores in found:
                 check_scores(selector, scores, len(frames))
@@ -106,7 +121,11 @@ def test_one_yaml_compares_on_every_backbone(backbone, backbones, needle_videos,
         "generation": {"max_new_tokens": 2},
         "limit": 2,
         "trainer": {"accelerator": device, "enable_progress_bar": False},
-        "arms": [{"compressor": name, "frames": 4} for name in names_of("compressor")],
+        "arms": [
+            {"compressor": name, "frames": 4}
+            for name in names_of("compressor")
+            if suits(xcomp.load_compressor(name), backbones[backbone])
+        ],
     }
     run["arms"].append({"compressor": "lp_comp", "selector": {"name": "qc_comp", "query_bias": 1}, "frames": 4})
     folder = compare(parse_config(run, "run"))

@@ -49,18 +49,17 @@ def test_every_pair_answers_a_question(compressor, selector, selectors, needle_v
     qa = xcomp.VideoQA(backbone, rule, selectors[selector], frames=6, sampling=sampling, generation=generation)
     answer = qa.ask(question.video, question.question, question.options)
     assert len(set(answer.frames)) == 6 and answer.frames == sorted(answer.frames)
-    assert answer.tokens_in == rule.before_llm(torch.zeros(6, 8, 32)).flatten(0, 1).shape[0]
     assert len(answer.tokens_per_layer) == 4 and min(answer.tokens_per_layer) >= 1
     assert (answer.scores is not None) == selectors[selector].uses_video
     # the same by hand, from the frames that it says it saw
     with torch.no_grad(), xcomp.video.Video(question.video) as video:
         pixels = backbone.preprocess(video.frames(answer.frames))
-        tokens = backbone.encode(pixels.to(backbone.device, backbone.dtype))
+        tokens = backbone.visual(pixels.to(backbone.device, backbone.dtype), rule.needs)
         text = xcomp.benchmark.multiple_choice_prompt(question.question, question.options)
         prompt = backbone.prompt(text, xcomp.backbone.ShownVideo(answer.duration, 6))
         decoder = xcomp.Decoder(backbone, rule)
         state = decoder.prefill(tokens, prompt.prefix_ids, prompt.suffix_ids)
-        assert state.tokens_per_layer == answer.tokens_per_layer
+        assert state.tokens_per_layer == answer.tokens_per_layer and state.entered == [answer.tokens_in]
         written = decoder.generate(state, max_new_tokens=3)[0]
     assert answer.text == backbone.tokenizer.decode(written).strip()
 
