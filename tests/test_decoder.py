@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import xcomp
 from xcomp.backbone import apply_rope, attention_probabilities, repeat_heads
-from xcomp.decoder import Decoder
+from xcomp.decoder import Decoder, QuestionNeeded
 from xcomp.registry import plugins
 
 PREFIX, SUFFIX = torch.tensor([5, 6, 7]), torch.tensor([8, 9, 10, 11, 12])
