@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import yaml
+from comparison_runs import read, untimed
 from xcomp.backbones.videochat_flash import VideoChatFlash
 
 import xcomp
@@ -19,7 +20,6 @@ from xcomp.compare.tasks import VideoTask, share_out
 from xcomp.config import parse_config
 from xcomp.video import Video
 
-TIMED = ("seconds", "seconds_amortised", "seconds_waiting", "peak_memory")
 QC_COMP = {"name": "qc_comp", "chunk_frames": 8, "clip_frames": 4, "window_clips": 2, "window_stride": 1}
 ARMS = [
     {"name": "whole", "compressor": "none", "frames": 8},
@@ -43,14 +43,6 @@ class Only(Benchmark):
         found = xcomp.load_benchmark("needle", num_videos=2, seconds=4, root=self.config.root).questions()
         return [found[self.config.number]]
 """
-
-
-def read(folder):
-    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-
-
-def untimed(record):
-    return {key: value for key, value in record.items() if key not in TIMED}
 
 
 @pytest.fixture

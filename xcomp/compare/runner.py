@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +46,11 @@ from xcomp.video import VideoError
 def evaluate(config: RunConfig) -> Path:
     """One arm: the run's own backbone, compressor and selector."""
     return compare(replace(config, arms=[]), kind="evaluate")
+
+
+def num_failed(records: Iterable[Record]) -> int:
+    """How many questions could not be asked."""
+    return sum(1 for line in records if line.get("error"))
 
 
 def compare(config: RunConfig, kind: str = "compare") -> Path:
@@ -337,7 +342,7 @@ def report(folder: Path) -> Path:
     run, records = read_run(folder)
     console = Console()
     console.print(table(summarise(records)))
-    failed = sum(1 for r in records if r.get("error"))
+    failed = num_failed(records)
     if failed:
         console.print(
             f"{failed} questions could not be asked (see 'error' in {folder / RECORDS}) and count as wrong; the same "
