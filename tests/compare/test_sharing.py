@@ -173,6 +173,20 @@ def test_a_killed_run_of_two_is_finished_by_one(run, two, tmp_path):
     assert not list(folder.glob("records.rank*"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not do it")
+def test_no_process_outlives_the_first(run, two, tmp_path):
+    """It would write into a folder that nobody holds, beside those of the next start."""
+    process = subprocess.Popen(command(tmp_path, two), stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 200
+    while not list((tmp_path / "runs" / "two").glob("records.rank*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    children = [int(child) for child in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+    process.kill()
+    process.wait()
+    time.sleep(0.5)
+    assert children and not [child for child in children if os.path.exists(f"/proc/{child}/exe")]
+
+
 FAILING = """
 import os
 from dataclasses import dataclass
