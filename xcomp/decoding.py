@@ -139,7 +139,7 @@ class Pending:
         if isinstance(error, WorkerEnded):
             return f"decoding it ended the process ({error}); the file is broken"
         if isinstance(error, MemoryError):
-            return "decoding takes more memory than decoding.memory allows"
+            return "decoding takes more memory than decoding.memory allows; raise it, or mend the file"
         return " ".join(f"{type(error).__name__}: {error}".split())
 
     def cancel(self) -> None:

@@ -88,7 +88,7 @@ def hold_run(folder: Path) -> Iterator[None]:
     """Keep every other process out of a run folder.
 
     The folder is made if it is not there, and taken away again if nothing was put into it. The operating system ends
-    the hold with the process, however that ends.
+    the hold with the process, however that ends; files that such a process was writing are taken away by the next.
 
     Raises:
         ConfigError: if another process holds it; the message says which one, and since when.
@@ -105,6 +105,8 @@ def hold_run(folder: Path) -> Iterator[None]:
     try:
         about = {"host": socket.gethostname(), "process": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
         write_atomically(holder, json.dumps(about))
+        for half_written in folder.glob("*.tmp"):
+            half_written.unlink(missing_ok=True)
         yield
     finally:
         with suppress(OSError):  # the folder itself may have been deleted

@@ -190,6 +190,19 @@ def test_an_outage_of_the_whole_folder_is_told_and_nothing_is_lost(sound, tmp_pa
     assert (folder / "records.jsonl").read_bytes() == before
 
 
+def test_what_a_killed_report_left_is_taken_away(sound, capsys):
+    """Nothing is left to ask, and the last merge and the report were under way."""
+    path, folder = sound
+    assert main(["compare", str(path)]) == 0
+    records, files = folder / "records.jsonl", {p.name for p in folder.iterdir()}
+    whole = records.read_text()
+    records.write_text("".join(reversed(whole.splitlines(keepends=True))))
+    for name in ("records.jsonl.tmp", "run.json.tmp", ".report.html.123.tmp", ".holder.json"):
+        (folder / name).write_text("half")
+    assert main(["compare", str(path)]) == 0
+    assert {p.name for p in folder.iterdir()} == files and records.read_text() == whole
+
+
 def test_doubled_records_that_agree_are_one(sound, tmp_path, capsys):
     path, folder = sound
     assert main(["compare", str(path)]) == 0

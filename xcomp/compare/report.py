@@ -14,6 +14,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -264,7 +265,8 @@ def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         partial.write_bytes(content)
-        partial.replace(path)
+        with suppress(FileNotFoundError):  # a run that began meanwhile has taken it away, and will write its own
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

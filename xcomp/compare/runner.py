@@ -81,7 +81,9 @@ class Comparison:
         if trainer.world_size == 1 and (folder / "run.json").is_file():
             self._read_questions()
             if not any(map(self.open_tasks, self.groups.values())):
-                return report(folder)
+                with hold_run(folder):
+                    merge_records(folder, self._order)
+                    return report(folder)
         with ExitStack() as stack:
             if trainer.is_global_zero:
                 stack.enter_context(hold_run(folder))
