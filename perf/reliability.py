@@ -360,6 +360,8 @@ def _comparison(place: Path) -> Path:
     from comparison_runs import draw_video, list_questions
     from conftest import write_checkpoint, write_tokenizer
 
+    import xcomp.compare.runner  # noqa: F401 so that no start need load it
+
     torch.manual_seed(0)
     checkpoint = write_checkpoint(place / "model", write_tokenizer(place / "tokenizer"))
     questions = []
