@@ -88,7 +88,7 @@ def damaged(bases: Sequence[bytes], seed: int, number: int) -> tuple[int, str, b
 
 def from_the_start(path: str, frames: Sequence[int]) -> list[list[tuple[np.ndarray, bool]]]:
     """For each frame number what decoding from the first packet to the last gives: one picture, several of one time, or
-    none; and of each whether it is left over from shortly before, as where a decoder found nothing to draw.
+    none; and of each whether it is damaged: called so, or left over from before, as where there was nothing to draw.
     """
     reader, found, recent = AvReader(path), {}, []
     times = reader.timeline.times
@@ -98,7 +98,7 @@ def from_the_start(path: str, frames: Sequence[int]) -> list[list[tuple[np.ndarr
         picture = read_resized(_One(reader.pictures(frame)), [0], [FORMAT])[0][0]
         if name is not None and name in names:
             left_over = any(np.array_equal(picture, before) for before in recent)
-            found.setdefault(name, []).append((picture, left_over))
+            found.setdefault(name, []).append((picture, left_over or frame.is_corrupt))
         recent = [*recent[-3:], picture]
     return [found.get(name, []) for name in names]
 
@@ -173,7 +173,8 @@ def examine(path: str, pools: dict[str, DecodingPool], sound: np.ndarray, seed: 
     ``sound``: the pictures of the file before it was damaged.
     """
     began = time.perf_counter()
-    pending = {name: pools[name]._hand_out(look, path, name, 1, seed) for name in READERS}
+    threads = random.Random(seed).randint(1, 2)
+    pending = {name: pools[name]._hand_out(look, path, name, threads, seed) for name in READERS}
     results: dict[str, Any] = {}
     for name, work in pending.items():
         try:
@@ -223,8 +224,8 @@ def _compare(
             continue
         if min(_difference(picture, other) for other, _ in candidates) > TOLERANCE:
             # What a decoder makes of a damaged picture is its own affair, and of what it decoded before.
-            other, left_over = candidates[0]
-            if not left_over and any(_difference(other, known) <= TOLERANCE for known in sound):
+            other, is_damaged = candidates[0]
+            if not is_damaged and any(_difference(other, known) <= TOLERANCE for known in sound):
                 return "wrong: other frames"
             outcome = "equal but for damaged pictures"
     return outcome

@@ -473,10 +473,11 @@ def disk(times: int, seed: int, place: Path) -> list[dict[str, Any]]:
         prepare = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: B023, E731
         status = start(arguments, prepare, said)
         lines = [line for line in said.read_text(errors="replace").splitlines() if line.startswith("xcomp: error")]
-        told = status == 2 and "Traceback" not in said.read_text(errors="replace") and len(lines) == 1
+        told = status == 2 and "Traceback" not in said.read_text(errors="replace")
+        told &= len(lines) == 1 or limit < 400  # there the line itself had no room
         row = {"command": "disk", "seed": seed, "run": attempt, "kind": _full_at(limit, runs / "whole")}
         row |= {"limit": limit, "status": status, "answered": num_answered(folder)}
-        row |= {"half_written": half_written(folder), "ended_in_one_line": yes(told or limit < 200 and status == 2)}
+        row |= {"half_written": half_written(folder), "ended_in_one_line": yes(told)}
         good = start(arguments, lambda: None, log) == 0 and half_written(folder) == 0
         rows.append(row | {"resumed": yes(good)} | same_comparison(folder, runs / "whole"))
     return rows

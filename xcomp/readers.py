@@ -100,11 +100,16 @@ class AvReader:
             yield index, self.pictures(self._frame(index))
 
     def check(self, index: int) -> None:
-        """VideoError if a frame cannot be decoded, or one of those between its keyframe and itself."""
+        """VideoError if a frame cannot be found by seeking to its keyframe and counting the frames from there."""
         keys = self.timeline.keys_before(index)
         first = keys[-1][0] if keys else 0
-        for number in range(max(first, self._reached + 1) if self._reached < index else first, index + 1):
+        if not first <= self._reached <= index:
+            self._reached = len(self.starts)  # so that it is sought
+        for number in range(first if self._reached > index else self._reached + 1, index + 1):
             self._frame(number)
+        # Matroska's index may name other places than those of its keyframes; MP4's is all that says where they are.
+        if not self.seekable or (self._early and "matroska" in self.stream.format):
+            raise VideoError("seeking does not lead to its keyframes: the file is damaged; use reader: av or auto")
 
     def _frame(self, index: int) -> Any:
         self._begin_before(index)
