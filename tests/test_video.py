@@ -227,6 +227,30 @@ def test_titles_that_are_no_utf8(tmp_path: Path) -> None:
     assert len(Video(path)) == 1
 
 
+@pytest.mark.parametrize("where", ["demux", "decode"])
+def test_too_little_memory_is_no_end_of_the_file(mp4: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """PyAV counts it among FFmpeg's errors, which a damaged packet raises too."""
+    from xcomp.stream import VideoStream
+
+    stream = VideoStream(str(mp4))
+
+    def fail(*args):
+        raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    if where == "demux":
+        stream.container = type("Container", (), {"demux": fail})()
+        with pytest.raises(MemoryError):
+            next(stream.packets())
+    else:
+        codec = type("Codec", (), {"decode": fail})()
+        stream.stream = type("Stream", (), {"codec_context": codec})()
+        with pytest.raises(MemoryError):
+            next(stream.decode(iter([object()])))
+    monkeypatch.setattr(VideoStream, where if where == "decode" else "packets", fail)
+    with pytest.raises(MemoryError):
+        Video(mp4).frames([3])
+
+
 def test_closed_while_reading(mp4: Path) -> None:
     video = Video(mp4)
     pictures = video.read([1, 2, 3])

@@ -18,6 +18,8 @@ from xcomp.registry import KINDS, Plugin, plugins, problem, unreadable
 from xcomp.stopping import Stopped, raise_stopped, signals
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from xcomp.inflight import VideoInFlight
     from xcomp.model import VideoQA
 
@@ -116,7 +118,7 @@ def _load(options: argparse.Namespace):
     return load_config(options.config, options.overrides)
 
 
-def _compare(options: argparse.Namespace) -> None:
+def _compare(options: argparse.Namespace) -> int | None:
     config = _load(options)
     if options.dry_run:
         from xcomp.compare.forecast import dry_run
@@ -124,7 +126,18 @@ def _compare(options: argparse.Namespace) -> None:
         return dry_run(config)
     from xcomp.compare.runner import compare
 
-    compare(config)
+    return _whether_all_asked(compare(config))
+
+
+def _whether_all_asked(folder: Path) -> int:
+    """Exit status of a run that came to its end: 1 if some questions could not be asked."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from xcomp.compare.records import read_records
+    from xcomp.compare.runner import num_failed
+
+    # The first process tells for all: launchers take another's status for a failure of the launch.
+    return int(rank_zero_only.rank == 0 and num_failed(read_records(folder)) > 0)
 
 
 def _cost(options: argparse.Namespace) -> None:
@@ -155,7 +168,7 @@ def _tune(options: argparse.Namespace) -> None:
     print(f"tuned model: {tune(config)}")
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _evaluate(options: argparse.Namespace) -> int | None:
     config = _load(options)
     if options.dry_run:
         from dataclasses import replace
@@ -165,7 +178,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         return dry_run(replace(config, arms=[]))
     from xcomp.compare.runner import evaluate
 
-    evaluate(config)
+    return _whether_all_asked(evaluate(config))
 
 
 def _ask(options: argparse.Namespace) -> None:

@@ -8,9 +8,7 @@ outside is replaced too, and its piece decoded once more (:mod:`xcomp.workers`).
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import time
 from collections import OrderedDict
@@ -24,6 +22,7 @@ import torch
 from xcomp.config import Decoding, Sampling
 from xcomp.messages import printable
 from xcomp.pixels import PixelFormat
+from xcomp.stopping import end_with_parent
 from xcomp.video import Video, VideoError
 from xcomp.workers import FROM_OUTSIDE, Task, WorkerEnded, WorkerNotStarted, Workers, WorkerTooSlow
 
@@ -99,10 +98,10 @@ def _video(path: str, reader: str, threads: int) -> Video:
 def _start_worker(threads: int, memory: float) -> None:
     """Sets a worker process up: gone with its parent, bounded memory."""
     torch.set_num_threads(threads)
+    end_with_parent()
     if sys.platform == "linux":
         import resource
 
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         with open("/proc/self/status", encoding="ascii") as file:
             held = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData"))
         most = held + int(memory * GIGABYTE)
@@ -140,7 +139,7 @@ class Pending:
         if isinstance(error, WorkerEnded):
             return f"decoding it ended the process ({error}); the file is broken"
         if isinstance(error, MemoryError):
-            return "decoding takes more memory than decoding.memory allows"
+            return "decoding takes more memory than decoding.memory allows; raise it, or mend the file"
         return " ".join(f"{type(error).__name__}: {error}".split())
 
     def cancel(self) -> None:

@@ -52,12 +52,12 @@ def open_reader(path: str, name: str, threads: int) -> Reader:
         return exact
     try:
         return {"decord": DecordReader, "torchcodec": TorchcodecReader}[name](path, exact, threads)
-    except VideoError:
-        raise
-    except Exception as error:  # types of their own; ImportError: not installed
-        raise VideoError(f"{name} cannot read it ({first_line(error)}); use reader: av or auto") from error
-    finally:
+    except Exception as error:
         exact.close()
+        if isinstance(error, (VideoError, MemoryError)):
+            raise
+        # types of their own; ImportError: not installed
+        raise VideoError(f"{name} cannot read it ({first_line(error)}); use reader: av or auto") from error
 
 
 def first_line(error: Exception) -> str:
@@ -98,6 +98,18 @@ class AvReader:
     def read(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
         for index in indices:
             yield index, self.pictures(self._frame(index))
+
+    def check(self, index: int) -> None:
+        """VideoError if a frame cannot be found by seeking to its keyframe and counting the frames from there."""
+        keys = self.timeline.keys_before(index)
+        first = keys[-1][0] if keys else 0
+        if not first <= self._reached <= index:
+            self._reached = len(self.starts)  # so that it is sought
+        for number in range(first if self._reached > index else self._reached + 1, index + 1):
+            self._frame(number)
+        # Matroska's index may name other places than those of its keyframes; MP4's is all that says where they are.
+        if not self.seekable or (self._early and "matroska" in self.stream.format):
+            raise VideoError("seeking does not lead to its keyframes: the file is damaged; use reader: av or auto")
 
     def _frame(self, index: int) -> Any:
         self._begin_before(index)
@@ -182,7 +194,10 @@ def _refuse_doubtful(exact: AvReader, name: str, doubts: Iterable[str] = ()) -> 
 
 
 class DecordReader:
-    """decord. It counts frames from keyframes that it numbers as they are stored, and repeats what it cannot decode."""
+    """decord. It counts frames from keyframes that it numbers as they are stored, and repeats what it cannot decode.
+
+    Where frames are lost to damage, it gives others instead: PyAV decodes along, so that these are told.
+    """
 
     name = "decord"
 
@@ -197,7 +212,7 @@ class DecordReader:
         self._reader: Any = decord.VideoReader(
             f"file:{path}", ctx=decord.cpu(0), num_threads=threads, fault_tol=tolerance
         )
-        self.fps, self.starts = exact.fps, exact.starts
+        self._exact, self.fps, self.starts = exact, exact.fps, exact.starts
         if not self._finds(exact.timeline):
             raise VideoError("decord finds other frames than PyAV in this file; use reader: av or auto")
 
@@ -223,12 +238,14 @@ class DecordReader:
 
     def read(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
         for index in indices:
+            self._exact.check(index)
             batch = self._reader.get_batch([index])
             # What comes back depends on decord's global bridge, which another library may have set.
             yield index, (batch.asnumpy() if hasattr(batch, "asnumpy") else np.asarray(batch))[0]
 
     def close(self) -> None:
         self._reader = None
+        self._exact.close()
 
 
 class TorchcodecReader:
@@ -250,6 +267,7 @@ class TorchcodecReader:
         self._tolerance = float(exact.timeline.tick) / 2
         if len(self._reader) != len(self.starts):
             raise VideoError("torchcodec finds other frames than PyAV in this file; use reader: av or auto")
+        exact.close()
 
     def read(self, indices: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
         for index in indices:

@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 import xcomp
 from xcomp.config import ConfigError, RunConfig
 from xcomp.messages import nearest
+from xcomp.stopping import end_with_parent
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -41,6 +42,7 @@ FREE_KEYS = {
     "compare": ("batch_size", "trainer", "decoding", "memory", "tune"),
     "evaluate": ("arms", "batch_size", "trainer", "decoding", "memory", "tune"),
 }
+_LAUNCHER = "XCOMP_LAUNCHER"
 # Of the Trainer: the others cast whole models, and with them what must stay exact.
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 # Options of components that say where something is computed and how much of it at once.
@@ -86,7 +88,7 @@ def hold_run(folder: Path) -> Iterator[None]:
     """Keep every other process out of a run folder.
 
     The folder is made if it is not there, and taken away again if nothing was put into it. The operating system ends
-    the hold with the process, however that ends.
+    the hold with the process, however that ends; files that such a process was writing are taken away by the next.
 
     Raises:
         ConfigError: if another process holds it; the message says which one, and since when.
@@ -103,6 +105,8 @@ def hold_run(folder: Path) -> Iterator[None]:
     try:
         about = {"host": socket.gethostname(), "process": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
         write_atomically(holder, json.dumps(about))
+        for half_written in folder.glob("*.tmp"):
+            half_written.unlink(missing_ok=True)
         yield
     finally:
         with suppress(OSError):  # the folder itself may have been deleted
@@ -224,6 +228,7 @@ def make_trainer(given: Mapping[str, Any], **defaults: Any) -> Trainer:
         if key not in known:
             raise ConfigError(f"trainer has no option '{key}';{nearest(str(key), known)} see lightning.Trainer")
     _check_nodes(given.get("num_nodes", 1))
+    _end_with_launcher()
     try:
         trainer = Trainer(**{**defaults, **given})
     except (MisconfigurationException, TypeError, ValueError, RuntimeError, ImportError) as error:
@@ -234,6 +239,17 @@ def make_trainer(given: Mapping[str, Any], **defaults: Any) -> Trainer:
             "what weights are held in is the backbone's dtype"
         )
     return trainer
+
+
+def _end_with_launcher() -> None:
+    """Tie the processes that Lightning starts to the one that starts them.
+
+    Alone they would go on with their share for hours, and write into a run folder that nobody holds any more.
+    """
+    if os.environ.get(_LAUNCHER) == str(os.getppid()):
+        end_with_parent()
+    else:
+        os.environ[_LAUNCHER] = str(os.getpid())  # which those that it starts inherit
 
 
 def _check_nodes(num_nodes: Any) -> None:

@@ -1,12 +1,16 @@
-"""Ending by a signal: what SIGTERM (SLURM, containers, ``kill``) and Ctrl-C turn into.
+"""Ending: what SIGTERM (SLURM, containers, ``kill``) and Ctrl-C turn into, and processes that end with another.
 
-An exception rather than an exit, so that files are closed and folders let go; derived from ``SystemExit``, so that no
-``except Exception`` on the way, Lightning's included, takes it for a failure or for a success.
+A signal becomes an exception rather than an exit, so that files are closed and folders let go; derived from
+``SystemExit``, so that no ``except Exception`` on the way, Lightning's included, takes it for a failure or for a
+success.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,3 +54,12 @@ def signals(*numbers: int, handler: Handler | None = None) -> Iterator[None]:
         for number, previous in before.items():
             if previous is not None:  # set outside Python, where it cannot be set again from here
                 signal.signal(number, previous)
+
+
+def end_with_parent() -> None:
+    """Have the system end this process with the one that started it, however that ends; so far on Linux alone."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended just before
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -70,6 +70,8 @@ class VideoStream:
         """The packets from where the file stands. Empty ones, which repeat a picture, are left out."""
         try:
             yield from (packet for packet in self.container.demux(self.stream) if packet.size)
+        except MemoryError:  # which PyAV counts among FFmpeg's errors; the rest of the file may be fine
+            raise
         except av.FFmpegError:
             self.broken_off = True
 
@@ -78,6 +80,8 @@ class VideoStream:
         for packet in chain(packets, [None]):  # None: the frames that the decoder still holds
             try:
                 frames = self.stream.codec_context.decode(packet)
+            except MemoryError:
+                raise
             except av.FFmpegError:
                 continue
             yield from frames

@@ -48,6 +48,8 @@ class Video:
             self._source = open_reader(self.path, reader, threads)
         except VideoError as error:
             raise self._error(str(error)) from error
+        except MemoryError:  # no fault of the file's
+            raise
         except Exception as error:  # PyAV and Pillow raise types of their own
             raise self._error(f"not a readable video ({first_line(error)})") from error
         self.reader, self.reader_version = self._source.name, self._source.version
@@ -97,6 +99,8 @@ class Video:
                 return
             except VideoError as error:
                 raise self._error(str(error)) from error
+            except MemoryError:
+                raise
             except Exception as error:  # the libraries raise types of their own
                 raise self._error(f"cannot decode frames ({first_line(error)})") from error
             yield index, picture

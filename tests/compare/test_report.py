@@ -169,7 +169,7 @@ def test_errors_are_wrong_answers_and_counted(tmp_path):
         record |= {"error": "OSError: no such video", "prediction": None, "times": None, "tokens_per_layer": None,
                    "macs": None, "seconds": None, "num_frames": None}  # fmt: skip
     text = write_report(write_run(tmp_path, run, records)).read_text(encoding="utf-8")
-    assert "counted as wrong): uniform+none@4: 3." in text
+    assert "counted as wrong, but for those asked): uniform+none@4: 3." in text
     assert "OSError: no such video" in text
     summary = analyse(run, records).summaries[0]
     assert (summary.errors, summary.accuracy.correct) == (3, 1)
@@ -239,13 +239,14 @@ def test_tables_for_terminal_and_markdown():
     assert max(map(len, shown.splitlines())) <= 80
     lines = markdown_table(summaries).splitlines()
     assert lines[0].startswith("| arm | frames | accuracy %")
-    assert lines[1] == "| :-- | --: | --: | --: | --: | --: |"
+    assert lines[1] == "| :-- | --: | --: | --: | --: | --: | --: |"
+    assert lines[2].split(" | ")[3] == "33.3" and " | 40.0 (" not in lines[2]  # 3 of 10, one of which failed
     assert lines[4].startswith("| uniform+lp_comp@4 | 4 | 60.0 (")
     assert lines[4].endswith(" | 16 → 4 | 6.00 | 3.00 (0.375) |")
     for text in ("GMACs", "16 → 4", "60.0 (", "12.0", "uniform+none@4"):
         assert text in shown
         assert text in "\n".join(lines)
-    assert "failed to run (counted as wrong): uniform+none@4: 1." in lines[-1]
+    assert "failed to run (counted as wrong, but for those asked): uniform+none@4: 1." in lines[-1]
     assert "named no option (counted as wrong): uniform+none@4: 1." in lines[-1]
 
 

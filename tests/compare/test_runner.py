@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from comparison_runs import ARMS, read, untimed
 
 import xcomp
 from xcomp.cli import main
@@ -14,10 +15,6 @@ from xcomp.compare.runner import compare, evaluate
 from xcomp.compare.statistics import summarise
 from xcomp.config import ConfigError, build_component, parse_config
 
-ARMS = [
-    {"name": "whole", "compressor": "none", "frames": 8},
-    {"name": "half", "compressor": {"name": "avg_pool", "tokens": 8}, "selector": "qc_comp", "frames": 4},
-]
 MIXED = """
 from dataclasses import dataclass
 import xcomp
@@ -36,15 +33,6 @@ class Mixed(Benchmark):
         broken = [Question("broken", self.config.broken, "What?", ("red", "blue"), 0)]
         return broken if self.config.only_broken else [*broken, needle[0], needle[5]]
 """
-TIMINGS = ("seconds", "seconds_amortised", "seconds_waiting", "peak_memory")
-
-
-def untimed(record):
-    return {key: value for key, value in record.items() if key not in TIMINGS}
-
-
-def read(folder):
-    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture

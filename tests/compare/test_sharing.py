@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import yaml
+from comparison_runs import read, untimed
 from xcomp.backbones.videochat_flash import VideoChatFlash
 
 import xcomp
@@ -19,7 +20,6 @@ from xcomp.compare.tasks import VideoTask, share_out
 from xcomp.config import parse_config
 from xcomp.video import Video
 
-TIMED = ("seconds", "seconds_amortised", "seconds_waiting", "peak_memory")
 QC_COMP = {"name": "qc_comp", "chunk_frames": 8, "clip_frames": 4, "window_clips": 2, "window_stride": 1}
 ARMS = [
     {"name": "whole", "compressor": "none", "frames": 8},
@@ -43,14 +43,6 @@ class Only(Benchmark):
         found = xcomp.load_benchmark("needle", num_videos=2, seconds=4, root=self.config.root).questions()
         return [found[self.config.number]]
 """
-
-
-def read(folder):
-    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-
-
-def untimed(record):
-    return {key: value for key, value in record.items() if key not in TIMED}
 
 
 @pytest.fixture
@@ -179,6 +171,20 @@ def test_a_killed_run_of_two_is_finished_by_one(run, two, tmp_path):
     one = read(compare(parse_config({**run, "name": "one"}, "x")))
     assert [untimed(r) for r in read(folder)] == [untimed(r) for r in one]
     assert not list(folder.glob("records.rank*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not do it")
+def test_no_process_outlives_the_first(run, two, tmp_path):
+    """It would write into a folder that nobody holds, beside those of the next start."""
+    process = subprocess.Popen(command(tmp_path, two), stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 200
+    while not list((tmp_path / "runs" / "two").glob("records.rank*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    children = [int(child) for child in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+    process.kill()
+    process.wait()
+    time.sleep(0.5)
+    assert children and not [child for child in children if os.path.exists(f"/proc/{child}/exe")]
 
 
 FAILING = """

@@ -22,6 +22,7 @@ from xcomp.run import write_atomically
 RECORDS = "records.jsonl"
 Record = dict[str, Any]
 _NEEDED = {"arm": str, "question_id": str, "video": str, "correct": bool}
+_SAME = ("prediction", "text", "frames")  # in records of one question and arm
 
 
 def rank_file(folder: Path, rank: int, world_size: int) -> Path:
@@ -79,20 +80,29 @@ def read_records(folder: Path) -> list[Record]:
     A line that an interruption cut short does not count.
 
     Raises:
-        ConfigError: if a whole line is no record, naming file and line.
+        ConfigError: if a whole line is no record, or two lines hold different answers, naming file and line.
     """
     # Those of single processes first: one that is being merged meanwhile is then found in one place or the other.
     files = [*sorted(folder.glob("records.rank*.jsonl")), folder / RECORDS]
     found: dict[tuple[str, str], Record] = {}
     for path in files:
-        for line in _read_lines(path):
+        for number, line in _read_lines(path):
             key = line["arm"], line["question_id"]
-            if key not in found or not line.get("error") or found[key].get("error"):
+            before = found.get(key)
+            if before is None or before.get("error"):
+                found[key] = line
+            elif not line.get("error"):
+                if any(before.get(name) != line.get(name) for name in _SAME):
+                    raise ConfigError(
+                        f"'{path}', line {number}: question {key[1]!r} of arm {key[0]!r} has another answer than in an "
+                        "earlier line; delete one of the two"
+                    )
                 found[key] = line
     return list(found.values())
 
 
-def _read_lines(path: Path) -> list[Record]:
+def _read_lines(path: Path) -> list[tuple[int, Record]]:
+    """Records and the numbers of their lines."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -112,7 +122,7 @@ def _read_lines(path: Path) -> list[Record]:
         if not right:
             needed = ", ".join(_NEEDED)
             raise ConfigError(f"'{path}', line {number}, is no record (a mapping with {needed}); delete that line")
-        records.append(value)
+        records.append((number, value))
     return records
 
 

@@ -14,6 +14,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -35,6 +36,7 @@ RESULTS_SCHEMA = 2
 # What each number in results.json is counted in, and which way is better.
 METRICS = {
     "accuracy": {"unit": "share of questions", "direction": "higher"},
+    "accuracy_asked": {"unit": "share of the questions that could be asked", "direction": "higher"},
     "tokens_in": {"unit": "visual tokens entering the LLM", "direction": "lower"},
     "tokens_out": {"unit": "visual tokens in the last layer", "direction": "lower"},
     "macs": {"unit": "multiply-accumulates a question, alone on a fresh video, by stage", "direction": "lower"},
@@ -87,7 +89,10 @@ def markdown_table(summaries: Sequence[ArmSummary]) -> str:
 
 
 def _cells(summaries: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]:
-    """Column names and, for each arm, its cells as text."""
+    """Column names and, for each arm, its cells as text.
+
+    Where questions failed to run, accuracy without them stands beside accuracy over all.
+    """
     unit, scale = _macs_unit(summaries)
     columns = [
         "arm",
@@ -97,6 +102,7 @@ def _cells(summaries: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]
         f"total {unit}",
         "s/question alone\u00a0(shared)",
     ]
+    failed = any(summary.errors for summary in summaries)
     rows = [
         [
             summary.arm,
@@ -108,6 +114,10 @@ def _cells(summaries: Sequence[ArmSummary]) -> tuple[list[str], list[list[str]]]
         ]
         for summary in summaries
     ]
+    if failed:
+        columns.insert(3, "of\u00a0those asked\u00a0%")
+        for row, summary in zip(rows, summaries, strict=True):
+            row.insert(3, "–" if summary.accuracy_asked is None else f"{100 * summary.accuracy_asked.value:.1f}")
     return columns, rows
 
 
@@ -121,7 +131,7 @@ def _footnote(summaries: Sequence[ArmSummary]) -> str:
     ]
     errors = [f"{summary.arm}: {summary.errors}" for summary in summaries if summary.errors]
     if errors:
-        parts.append(f"Questions that failed to run (counted as wrong): {', '.join(errors)}.")
+        parts.append(f"Questions that failed to run (counted as wrong, but for those asked): {', '.join(errors)}.")
     unanswered = [f"{summary.arm}: {summary.unanswered}" for summary in summaries if summary.unanswered]
     if unanswered:
         parts.append(f"Answers that named no option (counted as wrong): {', '.join(unanswered)}.")
@@ -255,7 +265,8 @@ def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         partial.write_bytes(content)
-        partial.replace(path)
+        with suppress(FileNotFoundError):  # a run that began meanwhile has taken it away, and will write its own
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +48,11 @@ def evaluate(config: RunConfig) -> Path:
     return compare(replace(config, arms=[]), kind="evaluate")
 
 
+def num_failed(records: Iterable[Record]) -> int:
+    """How many questions could not be asked."""
+    return sum(1 for line in records if line.get("error"))
+
+
 def compare(config: RunConfig, kind: str = "compare") -> Path:
     """Run all arms, print the table, write the report; returns the run folder."""
     if config.benchmark is None:
@@ -76,7 +81,9 @@ class Comparison:
         if trainer.world_size == 1 and (folder / "run.json").is_file():
             self._read_questions()
             if not any(map(self.open_tasks, self.groups.values())):
-                return report(folder)
+                with hold_run(folder):
+                    merge_records(folder, self._order)
+                    return report(folder)
         with ExitStack() as stack:
             if trainer.is_global_zero:
                 stack.enter_context(hold_run(folder))
@@ -343,7 +350,7 @@ def report(folder: Path) -> Path:
     run, records = read_run(folder)
     console = Console()
     console.print(table(summarise(records)))
-    failed = sum(1 for r in records if r.get("error"))
+    failed = num_failed(records)
     if failed:
         console.print(
             f"{failed} questions could not be asked (see 'error' in {folder / RECORDS}) and count as wrong; the same "

@@ -45,13 +45,15 @@ class ArmSummary:
     """One arm's results. Costs are means over the questions that ran without an error; NaN if there are none.
 
     ``errors`` counts questions that failed to run and ``unanswered`` those whose text named no option; both are wrong
-    answers in ``accuracy``. ``macs`` and ``seconds`` are by stage, as a question would take them alone on a fresh
-    video; ``seconds_amortised`` divides what was shared by those who shared it. ``seconds_quartiles`` are those of a
-    whole question alone. ``peak_memory`` is the largest seen, in bytes, of the host and (on CUDA) of the device.
+    answers in ``accuracy``. ``accuracy_asked`` leaves out those that failed to run; None if all did. ``macs`` and
+    ``seconds`` are by stage, as a question would take them alone on a fresh video; ``seconds_amortised`` divides what
+    was shared by those who shared it. ``seconds_quartiles`` are those of a whole question alone. ``peak_memory`` is the
+    largest seen, in bytes, of the host and (on CUDA) of the device.
     """
 
     arm: str
     accuracy: Proportion
+    accuracy_asked: Proportion | None
     num_videos: int
     errors: int
     unanswered: int
@@ -126,6 +128,7 @@ def _summarise_arm(arm: str, records: list[Record], resamples: int, seed: int) -
     return ArmSummary(
         arm=arm,
         accuracy=accuracy(records, resamples=resamples, seed=seed),
+        accuracy_asked=accuracy(ran, resamples=resamples, seed=seed) if ran else None,
         num_videos=len({record["video"] for record in records}),
         errors=len(records) - len(ran),
         unanswered=sum(record.get("prediction") is None for record in ran),
