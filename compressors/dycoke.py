@@ -9,10 +9,11 @@ Deviations, undone by ``released: true``: the released code leaves the last grou
 the number of frames, loses an odd last frame, fails for four frames or fewer, and puts a pruned frame's tokens in the
 order of rising similarity.
 
-Its pruning while decoding is on where ``decoding_layer`` is given (the authors' is 3): after that layer each token of an
-answer no longer sees the share ``decoding_drop`` of visual keys that it looked at least there, mean over heads. Where its
-attention to them resembles that of the token before (cosine), the earlier choice stays; the released code then reads
-the full cache. Keys stay stored, so budgets, which are of what is stored, do not change.
+Its pruning while decoding is on where ``decoding_layer`` is given (the authors' is 3): after that layer each token of
+an answer no longer sees the share ``decoding_drop`` of visual keys that it looked at least there, mean over heads.
+Where its attention to them resembles that of the token before (cosine), the earlier choice stays; the released code
+then reads the full cache. Keys stay stored, so budgets, which are of what is stored, do not change. With several beams
+a beam is held against the one that stood in its place.
 """
 
 from __future__ import annotations

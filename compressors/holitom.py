@@ -11,11 +11,11 @@ a window's static patches leave one cluster at least. Where merging alone saves 
 fewer than ratio; with ``exact``, which a budget asks for, the least static patches of windows are then not averaged,
 and all numbers are rounded to the nearest. Memory: a window's density is N².
 
-The merge inside the language model, a later part of the method, is off by default, as it needs the question and no video
-can then be stored without one; ``inner_layer: 0.643`` (18 of 28 layers; the authors take 60 of 80 for the 72B model)
-turns it on. After that layer the share ``inner_ratio`` of visual tokens that the prompt's end looks at least there, mean
-over heads, is averaged half and half into the most similar ones that stay, one after the other. Positions stay. A
-budget counts it: the share that enters makes up for it, and only where all enter does less leave inside.
+The merge inside the language model is part of the published method but off by default, as no video can be stored
+without its question then; ``inner_layer: 0.643`` (18 of 28 layers; the authors take 60 of 80 for the 72B model) turns
+it on. After that layer the share ``inner_ratio`` of visual tokens that the prompt's end looks at least there, mean over
+heads, is averaged half and half into the most similar ones that stay, one after the other. Positions stay. A budget
+counts it: the share that enters makes up for it, and only where all enter does less leave inside.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ alone would leave too few. Memory: density of a window's patches is N² a frame,
 
 After layer ``layer`` (the released code counts its layer 10 of 32 from 0) of every window's static tokens and of every
 frame's others ⌊alpha · number⌋ stay: those that some head of some token of the text behind the video looks at most
-there. Positions stay. Deviations: at least one token stays, and keys of that layer and those before stay stored, which the
-released code drops for decoding. ``layer: null`` leaves this out, and the video can then be stored without a question. A
-budget counts it: more tokens enter, and only where all do does a larger share stay inside; with ``keep`` the numbers are
-rounded so that alpha holds over all sets.
+there. Positions stay. Deviations: at least one token stays, and keys of that layer and those before stay stored, which
+the released code drops for decoding. ``layer: null`` leaves this out, and the video can then be stored without a
+question. A budget counts it: more tokens enter, and only where all do does a larger share stay inside; with ``keep``
+the numbers are rounded so that alpha holds over all sets.
 """
 
 from __future__ import annotations

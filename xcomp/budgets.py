@@ -57,8 +57,10 @@ def solve(mean: Callable[[float], float], wanted: float, low: float, high: float
 
 
 def entering_and_staying(budget: Budget, stage: int, num_layers: int, stays: float) -> tuple[float, float]:
-    """Of a method that acts before the first layer and once more after layer ``stage``, where the share ``stays`` stays:
-    the share that enters, and the share of these that stays, which grows only where all tokens enter."""
+    """What a method keeps that acts before the first layer, and again after layer ``stage``, where ``stays`` stay.
+
+    The share that enters, and the share of these that stays, which grows only where all tokens enter.
+    """
     if budget.of == "input":
         return budget.keep, stays
     before = 0.0 if budget.of == "final" else stage / num_layers

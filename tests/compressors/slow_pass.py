@@ -17,11 +17,17 @@ Change = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @torch.no_grad()
 def slow_pass(
-    backbone: Backbone, visual: VisualTokens, prefix: Tensor, suffix: Tensor, change: Change | None = None
+    backbone: Backbone,
+    visual: VisualTokens,
+    prefix: Tensor,
+    suffix: Tensor,
+    change: Change | None = None,
+    *,
+    renumber: bool = False,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
     """Logits (V,), and of each layer keys, values (1, H_kv, S, K) and what each position is: −1 text, else which token.
 
-    Positions stay what they were before anything left.
+    Positions stay what they were before anything left, or (``renumber``) are counted anew.
     """
     hidden = torch.cat([backbone.embed(prefix), visual.tokens, backbone.embed(suffix)])
     token = torch.full((len(hidden),), -1)
@@ -33,6 +39,7 @@ def slow_pass(
         if change is not None and layer + 1 < backbone.num_layers:
             stay, out = change(layer + 1, out, token, attention)
             out, positions, token = out[stay], positions[stay], token[stay]
+            positions = torch.arange(len(stay)) if renumber else positions
         hidden = out
     return backbone.head(hidden[-1:])[0], stored
 

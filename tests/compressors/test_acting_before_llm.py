@@ -2,9 +2,9 @@
 
 import dataclasses
 
+import made_visual
 import pytest
 import torch
-import made_visual
 from made_visual import class_of, question, visual
 
 from xcomp.compressor import About, Budget
