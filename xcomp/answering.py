@@ -55,8 +55,8 @@ class Answer:
     """What the model wrote, what it saw, and what that took.
 
     Visual tokens: ``tokens_given`` of the vision path, ``tokens_in`` into the language model, ``tokens_per_layer`` in
-    each layer's cache. ``work`` is what a :mod:`xcomp.ledger` reads the cost from; ``share`` the cost once all questions of
-    the video are known.
+    each layer's cache. ``work`` is what a :mod:`xcomp.ledger` reads the cost from; ``share`` the cost once all
+    questions of the video are known.
     """
 
     text: str

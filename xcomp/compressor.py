@@ -346,6 +346,7 @@ class Chain(Compressor):
         if len(inside) > 1:
             names = " and ".join(f"'{part._name}'" for part in inside)
             raise ValueError(f"{names} all act inside the language model; at most one of a list may")
+        self.plugin_name = " + ".join(part._name for part in parts)
         self.parts = nn.ModuleList(parts)
         self.inside = inside[0] if inside else Compressor(None)
         self.needs = tuple(dict.fromkeys(need for part in parts for need in part.needs))

@@ -28,11 +28,11 @@ class VisualTokens:
     """``tokens`` (M, D), in the order in which they enter the language model, all frames of ``num_frames``.
 
     ``frame`` and ``slot`` (M,) long, on the tokens' device: the frame (ascending) and the place within it, of
-    ``frame_tokens`` places. ``size`` (M,) is how many original tokens each stands for, None: one. ``group`` (M,) long is what
-    a compressor numbers them by, from 0, for its rule inside the language model; None: nothing. ``grid`` is the
-    (height, width) of a frame's places where they are the pixels' order, row by row. ``tower`` has those of
-    TOWER_FEATURES that a compressor asked for (``needs``); they describe the tokens as they left the vision path,
-    n = num_frames · frame_tokens, and stay as they are when tokens leave.
+    ``frame_tokens`` places. ``size`` (M,) is how many original tokens each stands for (None: one). ``group`` (M,)
+    long is what a compressor numbers them by, from 0, for its rule inside the language model; None: nothing. ``grid``
+    is the (height, width) of a frame's places where they are the pixels' order, row by row. ``tower`` has those of
+    TOWER_FEATURES that a compressor asked for (``needs``); they describe the tokens as they left the vision path, n =
+    num_frames · frame_tokens, and stay as they are when tokens leave.
     """
 
     tokens: Tensor
