@@ -37,6 +37,7 @@ class DyCoke(Compressor):
         "before the language model",
         deviates="the last group and an odd last frame are pruned like all others; position order; "
         "pruning while decoding is an option",
+        keeps=(1 + 3 * 0.3) / 4,
     )
 
     @dataclass

@@ -52,6 +52,7 @@ class HoliTom(Compressor):
         "HoliTom: Holistic Token Merging for Fast Video LLMs (arXiv 2505.21334)",
         "before the language model",
         deviates="merging inside the language model is an option, off by default; position order",
+        keeps=0.25,
     )
     needs: tuple[str, ...] = ("attention",)
 

@@ -28,7 +28,6 @@ class LPComp(PlannedDrop):
         "after every layer",
         trained=True,
         deviates="rounds to the nearest, as the released code; the paper rounds up",
-        keeps=0.49,
     )
 
     @dataclass

@@ -19,7 +19,6 @@ class UniformDrop(PlannedDrop):
         "uniform ablation of One Token per Highly Selective Frame (arXiv 2604.14149)",
         "after every layer",
         trained=True,
-        keeps=0.49,
     )
 
     @dataclass

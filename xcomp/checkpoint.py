@@ -11,9 +11,9 @@ import json
 import math
 import os
 import re
-import warnings
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
