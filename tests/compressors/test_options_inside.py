@@ -245,7 +245,29 @@ def test_dycoke_in_a_batch_and_from_a_stored_video(backbone):
         together = decoder.decode(batch, [token, token + 1])
         single = torch.cat([decoder.decode(s, [token + row]) for row, s in enumerate(alone)])
         assert relative_error(together, single) < 1e-4
-    assert len(decoder.generate(decoder.prefill(videos[0], PREFIX, SUFFIX), max_new_tokens=4)[0]) <= 4
+    for options in ({}, {"num_beams": 3}):
+        assert len(decoder.generate(decoder.prefill(videos[0], PREFIX, SUFFIX), max_new_tokens=4, **options)[0]) <= 4
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("name", [*OPTIONS, "dycoke"])
+@torch.no_grad()
+def test_another_device_keeps_the_same(name, device, make_backbone):
+    found = []
+    for place in ("cpu", device):
+        backbone = make_backbone(tokens_per_frame=18, layers=4)
+        video = video_of(backbone, 8)
+        moved = dataclasses.replace(
+            video,
+            **{field: getattr(video, field).to(place) for field in ("tokens", "frame", "slot")},
+            tower={key: values.to(place) for key, values in video.tower.items()},
+        )
+        options = OPTIONS.get(name, {"decoding_layer": 2})
+        decoder = xcomp.Decoder(backbone.to(place), xcomp.load_compressor(name, **options))
+        state = decoder.prefill(moved, PREFIX, SUFFIX)
+        found.append((state.tokens_per_layer, state.logits.cpu(), decoder.decode(state, [7]).cpu()))
+    (counts, *logits), (others, *more) = found
+    assert counts == others and all(relative_error(a, b) < 1e-4 for a, b in zip(logits, more))
 
 
 # --- Options ----------------------------------------------------------------------------------------------------------
