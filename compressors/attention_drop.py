@@ -12,17 +12,25 @@ first answer is the one that looks (the sources average over all answers).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from xcomp.compressor import Compressor, LayerOutput
+from xcomp.budgets import check_input, just_above, mean_share, refuse, solve
+from xcomp.compressor import About, Budget, Compressor, LayerOutput
 from xcomp.schedule import check_stages, stage_layers
 
 
 class AttentionDrop(Compressor):
     """Keeps what the last prompt token attends to."""
+
+    about = About(
+        "HiCo of VideoChat-Flash (arXiv 2501.00574); heuristic of One Token per Highly Selective Frame (2604.14149)",
+        "after layers 4 and 18 of 28",
+        deviates="while tuning, the token before the first answer looks, instead of a mean over answers",
+        keeps=(4 + 0.75 * 14 + 0.25 * 10) / 28,
+    )
 
     @dataclass
     class Config:
@@ -41,6 +49,25 @@ class AttentionDrop(Compressor):
                 before = ratio
             if not 0 <= self.uniform_stages <= len(self.layers):
                 raise ValueError(f"uniform_stages is {self.uniform_stages}; it must be 0..{len(self.layers)}")
+
+    @classmethod
+    def for_budget(cls, config: Config, budget: Budget, num_layers: int, tokens_per_frame: int) -> Config:
+        """``ratios`` times the factor with which the share of tokens is met; ``layers`` stay where they are."""
+        check_input("attention_drop", budget)
+        if budget.of == "input":
+            return config
+        stages = stage_layers("attention_drop", config.layers, num_layers)
+
+        def scaled(factor: float) -> list[float]:
+            return [min(1.0, factor * ratio) for ratio in config.ratios]
+
+        if budget.of == "final":
+            return replace(config, ratios=[*scaled(budget.keep / config.ratios[-1])[:-1], budget.keep])
+        if budget.keep * num_layers <= stages[0]:
+            why = f"the first {stages[0]} of {num_layers} layers hold all tokens (move `layers` forward)"
+            raise refuse("attention_drop", budget, why, just_above(stages[0] / num_layers))
+        factor = solve(lambda f: mean_share(stages, scaled(f), num_layers), budget.keep, 0.0, 1 / min(config.ratios))
+        return replace(config, ratios=scaled(factor))
 
     def plan(self, num_layers: int, tokens_per_frame: int) -> None:
         self.stages(num_layers)  # wrong options are found before anything runs

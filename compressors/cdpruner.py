@@ -30,6 +30,7 @@ class CDPruner(Compressor):
         "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning (arXiv 2506.10967)",
         "before the language model",
         deviates="relevance by the language model's embeddings instead of CLIP's text tower",
+        keeps=1 / 9,
     )
     uses_question = True
 

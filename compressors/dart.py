@@ -32,6 +32,7 @@ class DART(Compressor):
         "Stop Looking for Important Tokens in Multimodal Language Models, arXiv 2502.11494",
         "after layer 2",
         deviates="pivots are visited in a fixed order: visual by falling norm, then text",
+        keeps=(2 + 26 * 0.222) / 28,
     )
     uses_question = True  # pivots are also taken from the text behind the video
     keeps_positions = True

@@ -24,7 +24,7 @@ from xcomp.visual import VisualTokens
 class DivPrune(Compressor):
     """Max-min diversity."""
 
-    about = About("DivPrune (arXiv 2503.02175)", "before the language model")
+    about = About("DivPrune (arXiv 2503.02175)", "before the language model", keeps=0.098)
 
     @dataclass
     class Config:

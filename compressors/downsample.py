@@ -31,6 +31,7 @@ class Downsample(Compressor):
         "Are We Using the Right Benchmark (arXiv 2510.07143)",
         "before the language model",
         deviates="pools the grid of visual tokens instead of shrinking the pictures",
+        keeps=0.25,
     )
 
     needs = ("grid",)

@@ -7,9 +7,13 @@ is averaged.
 
 Deviations, undone by ``released: true``: the released code leaves the last group's third frame whole where four divides
 the number of frames, loses an odd last frame, fails for four frames or fewer, and puts a pruned frame's tokens in the
-order of rising similarity. Its pruning of the KV cache while decoding is here as a function only
-(:func:`keys_to_keep`); there, where attention resembles the step before, the released code reads the full cache again
-and ours keeps the earlier choice.
+order of rising similarity.
+
+Its pruning while decoding is on where ``decoding_layer`` is given (the authors' is 3): after that layer each token of
+an answer no longer sees the share ``decoding_drop`` of visual keys that it looked at least there, mean over heads.
+Where its attention to them resembles that of the token before (cosine), the earlier choice stays; the released code
+then reads the full cache. Keys stay stored, so budgets, which are of what is stored, do not change. With several beams
+a beam is held against the one that stood in its place.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xcomp.compressor import About, Budget, Compressor, QuestionTokens
+from xcomp.compressor import About, Budget, Compressor, DecodingStep, QuestionTokens
 from xcomp.merging import check_share, cosine, top, top_ascending
+from xcomp.schedule import check_stages, stage_layers
 from xcomp.visual import VisualTokens
 
 
@@ -30,20 +35,34 @@ class DyCoke(Compressor):
     about = About(
         "DyCoke: Dynamic Compression of Tokens for Fast Video LLMs (arXiv 2411.15024)",
         "before the language model",
-        deviates="the last group and an odd last frame are pruned like all others; position order",
+        deviates="the last group and an odd last frame are pruned like all others; position order; "
+        "pruning while decoding is an option",
+        keeps=(1 + 3 * 0.3) / 4,
     )
 
     @dataclass
     class Config:
         merging_ratio: float = 0.7  # share of a pruned frame's tokens that leave
         keep: float | None = None  # share of all tokens kept, whatever the number of frames; replaces merging_ratio
-        released: bool = False  # the released code's last frames and order of tokens
+        released: bool = False  # the released code's last frames, order of tokens, and full cache while decoding
+        decoding_layer: float | None = None  # number (1-based), below 1: depth; null: answers see all keys
+        decoding_drop: float = 0.7  # share of the visual keys hidden from a token (README; the code has 0.8)
+        decoding_alike: float = 0.9  # cosine to the attention of the token before from which its choice stays
 
         def __post_init__(self) -> None:
             if not 0 <= self.merging_ratio <= 1:
                 raise ValueError(f"merging_ratio is {self.merging_ratio}; it must be a share from 0 to 1")
             if self.keep is not None:
                 check_share("keep", self.keep)
+            if self.decoding_layer is not None:
+                check_stages([self.decoding_layer])
+            if not 0 <= self.decoding_drop < 1:
+                raise ValueError(f"decoding_drop is {self.decoding_drop}; it must be a share of at least 0 and below 1")
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        if config.decoding_layer is not None:
+            self.plan, self.while_decoding = self._all_stored, self._hide_keys
 
     @classmethod
     def for_budget(cls, config: Config, budget: Budget, num_layers: int, tokens_per_frame: int) -> Config:
@@ -66,6 +85,30 @@ class DyCoke(Compressor):
             whole = len(against) - pruned
             count = min(width, max(0, round((c.keep * num_frames - whole) * width / max(pruned, 1))))
         return visual.select(kept(frames, against, count, released_order=c.released))
+
+    def _all_stored(self, num_layers: int, tokens_per_frame: int) -> list[tuple[int, ...]]:
+        self._stage(num_layers)  # a wrong layer is found before anything runs
+        return super().plan(num_layers, tokens_per_frame)
+
+    def _stage(self, num_layers: int) -> int:
+        return stage_layers("dycoke", [self.config.decoding_layer], num_layers)[0]
+
+    @torch.no_grad()
+    def _hide_keys(self, step: DecodingStep) -> Tensor | None:
+        c, visual = self.config, step.layout.visual
+        if step.layer + 1 != self._stage(step.num_layers):
+            return None
+        attention = step.attention().cpu()
+        now = [attention[row, places] for row, places in enumerate(visual)]
+        before, chosen = step.state.get("dycoke", ([None] * len(now), [None] * len(now)))
+        if c.released:
+            chosen = [torch.ones_like(a, dtype=torch.bool) for a in now]
+        options = {"drop": c.decoding_drop, "alike": c.decoding_alike}
+        chosen = [keys_to_keep(*sample, **options) for sample in zip(now, before, chosen)]
+        step.state["dycoke"] = now, chosen
+        seen = torch.ones_like(visual)
+        seen[visual] = torch.cat(chosen)
+        return seen
 
 
 def kept(frames: Tensor, against: dict[int, int], count: int, *, released_order: bool = False) -> Tensor:

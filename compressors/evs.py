@@ -23,7 +23,7 @@ from xcomp.visual import VisualTokens
 class EVS(Compressor):
     """Keeps what changes."""
 
-    about = About("Efficient Video Sampling (arXiv 2510.14624)", "before the language model")
+    about = About("Efficient Video Sampling (arXiv 2510.14624)", "before the language model", keeps=0.3)
 
     @dataclass
     class Config:

@@ -28,6 +28,7 @@ class FastV(Compressor):
         "An Image is Worth 1/2 Tokens After Layer 2, arXiv 2403.06764",
         "after layer 2",
         deviates="batches; at least one token stays",
+        keeps=(2 + 26 * 0.5) / 28,
     )
     uses_question = True
     keeps_positions = True

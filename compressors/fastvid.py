@@ -44,6 +44,7 @@ class FastVID(Compressor):
         "FastVID: Dynamic Density Pruning for Fast Video LLMs (arXiv 2503.11187)",
         "before the language model",
         deviates="also for videos of fewer frames than segments",
+        keeps=0.1,
     )
     needs: tuple[str, ...] = ("frame", "pooling_attention")
 

@@ -46,6 +46,7 @@ class FrameFusion(Compressor):
         "FrameFusion, arXiv 2501.01986",
         "before the first layer and inside layers",
         deviates="the cost counts the model's own layers; prunes instead of an error where merging costs too much",
+        keeps=0.3,
     )
     uses_question = True
     keeps_positions = True

@@ -9,8 +9,13 @@ patches are clustered to c = round(R' · number) density peaks (k = min(7, c)), 
 Deviations: tokens come in the order of position, a window's static ones in its first frame (``released_order``: first);
 a window's static patches leave one cluster at least. Where merging alone saves more than asked, the released code keeps
 fewer than ratio; with ``exact``, which a budget asks for, the least static patches of windows are then not averaged,
-and all numbers are rounded to the nearest. The merge inside the language model is here as a function only
-(:func:`inner_merge`). Memory: a window's density is N².
+and all numbers are rounded to the nearest. Memory: a window's density is N².
+
+The merge inside the language model is part of the published method but off by default, as no video can be stored
+without its question then; ``inner_layer: 0.643`` (18 of 28 layers; the authors take 60 of 80 for the 72B model) turns
+it on. After that layer the share ``inner_ratio`` of visual tokens that the prompt's end looks at least there, mean over
+heads, is averaged half and half into the most similar ones that stay, one after the other. Positions stay. A budget
+counts it: the share that enters makes up for it, and only where all enter does less leave inside.
 """
 
 from __future__ import annotations
@@ -21,7 +26,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xcomp.compressor import About, Budget, Compressor, QuestionTokens
+from xcomp.budgets import entering_and_staying
+from xcomp.compressor import About, Budget, Compressor, LayerOutput, QuestionTokens, Reduction
 from xcomp.merging import (
     at_places,
     check_share,
@@ -35,16 +41,18 @@ from xcomp.merging import (
     top_ascending,
     top_each,
 )
+from xcomp.schedule import check_stages, stage_layers
 from xcomp.visual import VisualTokens
 
 
 class HoliTom(Compressor):
-    """The outer merge: static patches over time, then clusters and attention."""
+    """Static patches merge over time, then clusters and attention; as an option, merging inside the language model."""
 
     about = About(
         "HoliTom: Holistic Token Merging for Fast Video LLMs (arXiv 2505.21334)",
         "before the language model",
-        deviates="the outer merge only; position order",
+        deviates="merging inside the language model is an option, off by default; position order",
+        keeps=0.25,
     )
     needs: tuple[str, ...] = ("attention",)
 
@@ -57,6 +65,8 @@ class HoliTom(Compressor):
         max_window: int = 1024  # frames
         exact: bool = False  # keep ratio also where merging alone would keep fewer
         released_order: bool = False  # a window's static tokens first, then its frames
+        inner_layer: float | None = None  # number (1-based), below 1: depth; null: nothing merges inside
+        inner_ratio: float = 0.5  # share of the visual tokens that merges into the others there
 
         def __post_init__(self) -> None:
             check_share("ratio", self.ratio)
@@ -65,10 +75,24 @@ class HoliTom(Compressor):
                     raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
             if self.beta is not None and not 0 <= self.beta <= 1:
                 raise ValueError(f"beta is {self.beta}; it must be a share from 0 to 1, or null")
+            if self.inner_layer is not None:
+                check_stages([self.inner_layer])
+            if not 0 <= self.inner_ratio < 1:
+                raise ValueError(f"inner_ratio is {self.inner_ratio}; it must be a share of at least 0 and below 1")
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        if config.inner_layer is not None:
+            self.uses_question = self.keeps_positions = True
+            self.plan, self.after_layer = self._by_attention, self._merge_inside
 
     @classmethod
     def for_budget(cls, config: Config, budget: Budget, num_layers: int, tokens_per_frame: int) -> Config:
-        return replace(config, ratio=budget.keep, exact=True)
+        if config.inner_layer is None:
+            return replace(config, ratio=budget.keep, exact=True)
+        (stage,) = stage_layers("holitom", [config.inner_layer], num_layers)
+        enters, stays = entering_and_staying(budget, stage, num_layers, 1 - config.inner_ratio)
+        return replace(config, ratio=enters, exact=True, inner_ratio=1 - stays)
 
     def compress(self, visual: VisualTokens, question: QuestionTokens | None) -> VisualTokens:
         c, frames, size = self.config, visual.frames(), frame_sizes(visual)
@@ -100,6 +124,26 @@ class HoliTom(Compressor):
             places = start * width + stay[start:end].flatten().nonzero()[:, 0]
             parts.append((visual.tokens[places].float(), places, size.flatten()[places]))
         return at_places(visual, *(torch.cat(part) for part in zip(*parts)), sort=not c.released_order)
+
+    def _by_attention(self, num_layers: int, tokens_per_frame: int) -> None:
+        self._stage(num_layers)  # a wrong layer is found before anything runs
+        return None
+
+    def _stage(self, num_layers: int) -> int:
+        return stage_layers("holitom", [self.config.inner_layer], num_layers)[0]
+
+    def _merge_inside(self, output: LayerOutput) -> Reduction | None:
+        if output.layer + 1 != self._stage(output.num_layers) or self.config.inner_ratio == 0:
+            return None
+        with torch.no_grad():
+            scores = output.attention(output.query_index.unsqueeze(1), layer="this")[:, 0]
+        order, hidden = [], []
+        for row, size in enumerate(output.layout.counts.tolist()):
+            visual = output.layout.visual[row, :size].to(output.hidden.device)
+            kept, values = inner_merge(output.hidden[row, :size], scores[row, :size], visual, self.config.inner_ratio)
+            order.append(kept)
+            hidden.append(values)
+        return Reduction(order, hidden)
 
 
 def static_windows(likeness: Tensor, tau: float, max_window: int) -> list[tuple[int, int]]:
@@ -179,8 +223,10 @@ def inner_merge(hidden: Tensor, scores: Tensor, visual: Tensor, r: float) -> tup
     away = (~stays).nonzero()[:, 0]
     group = nearest_by_cosine(hidden[None, away], hidden[None, chosen])[0]
     # Averaging in turn leaves the last its half, the one before a quarter, and so on; the target has the rest.
-    after = (group.flip(0).unsqueeze(0) == group.flip(0).unsqueeze(1)).tril(-1).sum(1).flip(0)
     members = torch.bincount(group, minlength=len(chosen))
+    order = group.argsort(stable=True)
+    after = torch.empty_like(group)  # how many come into the same target after each
+    after[order] = (members.cumsum(0)[group[order]] - 1) - torch.arange(len(group), device=group.device)
     weights = torch.cat([0.5 ** members.float(), 0.5 ** (after + 1.0)])
     groups = torch.cat([torch.arange(len(chosen), device=group.device), group])
     tokens = torch.cat([hidden[chosen], hidden[away]])[None]

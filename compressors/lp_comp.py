@@ -7,18 +7,28 @@ language model learns to move information there when it is tuned with the droppi
 Source: "One Token per Highly Selective Frame" (arXiv 2604.14149), Section 3.1. The paper rounds up (``rounding:
 ceil``); the default follows the released code, with which the released checkpoint was trained. The paper's "step-wise"
 ablation is ``schedule: steps, steps: {10: 4, 20: 1}, rule: last_of_group``, its "uniform" one ``rule: uniform``.
+
+Its natural budget is what the schedule gives, about half of the tokens as a mean over layers; another one changes
+``start`` (less) or ``end`` (more) and nothing else.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xcomp.compressor import PlannedDrop
+from xcomp.compressor import About, PlannedDrop
 from xcomp.schedule import check_names
 
 
 class LPComp(PlannedDrop):
     """Cosine schedule, suffix rule."""
+
+    about = About(
+        "One Token per Highly Selective Frame (arXiv 2604.14149)",
+        "after every layer",
+        trained=True,
+        deviates="rounds to the nearest, as the released code; the paper rounds up",
+    )
 
     @dataclass
     class Config:

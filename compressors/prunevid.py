@@ -10,8 +10,14 @@ right, go to the longer of the neighbouring runs as they then are, the left one 
 frame has no static patches (the released code divides by zero); tokens come in the order of position, a window's static
 ones in its first frame (``released_order``: first). How many are left depends on the video; ``keep``, which a budget
 sets, clusters every set so far that this share of all tokens is left, and averages fewer patches over time where that
-alone would leave too few. The choice by attention inside the language model is here as a function only
-(:func:`attended`). Memory: density of a window's patches is N² a frame, of frames T².
+alone would leave too few. Memory: density of a window's patches is N² a frame, of frames T².
+
+After layer ``layer`` (the released code counts its layer 10 of 32 from 0) of every window's static tokens and of every
+frame's others ⌊alpha · number⌋ stay: those that some head of some token of the text behind the video looks at most
+there. Positions stay. Deviations: at least one token stays, and keys of that layer and those before stay stored, which
+the released code drops for decoding. ``layer: null`` leaves this out, and the video can then be stored without a
+question. A budget counts it: more tokens enter, and only where all do does a larger share stay inside; with ``keep``
+the numbers are rounded so that alpha holds over all sets.
 """
 
 from __future__ import annotations
@@ -21,20 +27,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xcomp.compressor import About, Budget, Compressor, QuestionTokens
+from xcomp.budgets import entering_and_staying
+from xcomp.compressor import About, Budget, Compressor, LayerOutput, QuestionTokens
 from xcomp.merging import at_places, check_share, dpc_knn, exact, fitting, frame_sizes, merge_into, top, unit
+from xcomp.schedule import check_stages, stage_layers
 from xcomp.visual import VisualTokens
 
 SMALL = 14  # sets of so many tokens are not clustered, as released
 
 
 class PruneVid(Compressor):
-    """Scenes, static patches averaged over them, clusters."""
+    """Scenes, static patches averaged over them, clusters; then what the question looks at."""
 
     about = About(
         "PruneVid: Visual Token Pruning for Efficient Video LLMs (arXiv 2412.16117)",
-        "before the language model",
-        deviates="not the choice at layer 10; position order",
+        "before the language model and after layer 11 of 32",
+        deviates="keys of layers before the choice stay stored; position order",
     )
 
     @dataclass
@@ -43,20 +51,34 @@ class PruneVid(Compressor):
         tau: float = 0.8  # a patch is static if the mean cosine between its frames is above
         cluster_ratio: float = 0.5  # clusters, as a share of the tokens of a set
         k: int = 7  # neighbours that density is measured by
+        layer: float | None = 11 / 32  # number (1-based), below 1: depth; null: nothing leaves inside
+        alpha: float = 0.4  # share of each set that stays after it
         keep: float | None = None  # share of all tokens left, whatever the video; replaces cluster_ratio
         released_order: bool = False  # a window's static clusters first, then its frames
 
         def __post_init__(self) -> None:
-            for name in ("segments", "cluster_ratio"):
+            for name in ("segments", "cluster_ratio", "alpha"):
                 check_share(name, getattr(self, name))
             if self.k < 1:
                 raise ValueError(f"k is {self.k}; it must be at least 1")
             if self.keep is not None:
                 check_share("keep", self.keep)
+            if self.layer is not None:
+                check_stages([self.layer])
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        if config.layer is not None:
+            self.uses_question = self.keeps_positions = True
+            self.plan, self.after_layer = self._by_attention, self._most_attended
 
     @classmethod
     def for_budget(cls, config: Config, budget: Budget, num_layers: int, tokens_per_frame: int) -> Config:
-        return replace(config, keep=budget.keep)
+        if config.layer is None:
+            return replace(config, keep=budget.keep)
+        (stage,) = stage_layers("prunevid", [config.layer], num_layers)
+        enters, stays = entering_and_staying(budget, stage, num_layers, config.alpha)
+        return replace(config, keep=enters, alpha=stays)
 
     def compress(self, visual: VisualTokens, question: QuestionTokens | None) -> VisualTokens:
         c, frames, size = self.config, visual.frames(), frame_sizes(visual)
@@ -82,15 +104,41 @@ class PruneVid(Compressor):
             return values.flatten(0, 1), (frame * width + slots[centres]).flatten(), sizes.flatten()
 
         parts = []
-        for (start, end), still in zip(windows, static):
+        for number, ((start, end), still) in enumerate(zip(windows, static)):
             same, other = still.nonzero()[:, 0], (~still).nonzero()[:, 0]
             window, window_size = frames[start:end], size[start:end]
             if len(same):
                 over_time = window[:, same].float().mean(0, keepdim=True)
-                parts.append(clusters(over_time, window_size[:, same].sum(0, keepdim=True), same, start))
+                tokens, place, sizes = clusters(over_time, window_size[:, same].sum(0, keepdim=True), same, start)
+                parts.append((tokens, place, sizes, torch.full_like(place, start + number)))
             if len(other):
-                parts.append(clusters(window[:, other], window_size[:, other], other, start))
+                tokens, place, sizes = clusters(window[:, other], window_size[:, other], other, start)
+                parts.append((tokens, place, sizes, place // width + number + 1))  # in the order of ``attended``
         return at_places(visual, *(torch.cat(part) for part in zip(*parts)), sort=not c.released_order)
+
+    def _by_attention(self, num_layers: int, tokens_per_frame: int) -> None:
+        self._stage(num_layers)  # a wrong layer is found before anything runs
+        return None
+
+    def _stage(self, num_layers: int) -> int:
+        return stage_layers("prunevid", [self.config.layer], num_layers)[0]
+
+    @torch.no_grad()
+    def _most_attended(self, output: LayerOutput) -> Tensor | None:
+        if output.layer + 1 != self._stage(output.num_layers):
+            return None
+        layout, c = output.layout, self.config
+        rows = [output.text_behind(row) for row in range(len(layout.real))]
+        rows = [behind if len(behind) else last[None] for behind, last in zip(rows, output.query_index.cpu())]
+        widest = max(map(len, rows))  # a sample with less text repeats some of it, which no maximum tells
+        asked = torch.stack([torch.cat([behind, behind[:1].expand(widest - len(behind))]) for behind in rows])
+        scores = output.attention(asked, layer="this", heads="max").amax(1).cpu()
+        keep = torch.zeros_like(layout.visual)
+        for row, visual in enumerate(layout.visual):
+            places = visual.nonzero()[:, 0]
+            chosen = most_of_each(scores[row, places], layout.group[row, places], c.alpha, exact=c.keep is not None)
+            keep[row, places[chosen]] = True
+        return keep
 
 
 def scenes(frames: Tensor, segments: float, k: int) -> list[tuple[int, int]]:
@@ -148,9 +196,19 @@ def attended(attention: Tensor, group: Tensor, alpha: float) -> Tensor:
     A token's score is the most that any head and query pays it. Of each group (M,) ⌊alpha · size⌋ stay: a group is a
     window's static tokens, or a frame's others.
     """
-    scores = attention.detach().float().amax(dim=(0, 1))
-    kept = []
+    return most_of_each(attention.detach().float().amax(dim=(0, 1)), group, alpha)
+
+
+def most_of_each(scores: Tensor, group: Tensor, alpha: float, exact: bool = False) -> Tensor:
+    """Of scores (M,) and groups (M,) the places kept, ascending: ⌊alpha · size⌋ of each group, but one of all at least.
+
+    ``exact``: groups' numbers are rounded in turn so that alpha holds over all of them.
+    """
+    kept, seen, taken = [top(scores, 1)], 0, 0
     for number in group.unique():
         places = (group == number).nonzero()[:, 0]
-        kept.append(places[top(scores[places], int(alpha * len(places)))])
-    return torch.cat(kept).sort().values
+        seen += len(places)
+        count = round(alpha * seen) - taken if exact else int(alpha * len(places))
+        taken += count
+        kept.append(places[top(scores[places], count)])
+    return (torch.cat(kept[1:]) if any(map(len, kept[1:])) else kept[0]).sort().values

@@ -28,6 +28,7 @@ class PyramidDrop(AttentionDrop):
         "PyramidDrop, arXiv 2410.17247",
         "after a quarter, a half and three quarters of the layers",
         deviates="sequences are never cut; grouped queries, masks and batches work",
+        keeps=(1 + 0.5 + 0.25 + 0.125) / 4,
     )
     uses_question = True
 

@@ -18,7 +18,7 @@ from xcomp.visual import VisualTokens
 class RandomDrop(Compressor):
     """Keeps a random share of the tokens."""
 
-    about = About("random control of pruning papers", "before the language model")
+    about = About("random control of pruning papers", "before the language model", keeps=0.25)
 
     @dataclass
     class Config:

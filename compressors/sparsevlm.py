@@ -32,6 +32,7 @@ class SparseVLM(Compressor):
         "SparseVLM, arXiv 2410.04417",
         "after layers 3, 7 and 16 of 32",
         deviates="numbers of tokens are shares of the video's; no random noise",
+        keeps=0.364,
     )
     uses_question = True
 

@@ -30,6 +30,7 @@ class ToMe(Compressor):
         "Token Merging: Your ViT But Faster (arXiv 2210.09461)",
         "before the language model",
         deviates="merges finished visual tokens instead of a tower's; position order",
+        keeps=0.5,
     )
 
     @dataclass

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xcomp.compressor import PlannedDrop
+from xcomp.compressor import About, PlannedDrop
 from xcomp.schedule import check_names
 
 
 class UniformDrop(PlannedDrop):
     """Cosine schedule, evenly spread tokens."""
+
+    about = About(
+        "uniform ablation of One Token per Highly Selective Frame (arXiv 2604.14149)",
+        "after every layer",
+        trained=True,
+    )
 
     @dataclass
     class Config:

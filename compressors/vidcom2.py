@@ -26,7 +26,7 @@ from xcomp.visual import VisualTokens
 class VidCom2(Compressor):
     """Keeps the most unusual tokens of each frame, more of unusual frames."""
 
-    about = About("Video Compression Commander (arXiv 2505.14454)", "before the language model")
+    about = About("Video Compression Commander (arXiv 2505.14454)", "before the language model", keeps=0.25)
 
     @dataclass
     class Config:

@@ -41,6 +41,7 @@ class VisionZip(Compressor):
         "VisionZip: Longer is Better but Not Necessary in Vision Language Models (arXiv 2412.04467)",
         "before the language model",
         deviates="after the projector also with CLIP; position order",
+        keeps=1 / 9,
     )
     needs: tuple[str, ...] = ("attention", "keys")
 

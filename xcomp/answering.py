@@ -54,8 +54,9 @@ class Choice:
 class Answer:
     """What the model wrote, what it saw, and what that took.
 
-    ``tokens_per_layer`` are visual tokens in each layer's cache. ``work`` is what a :mod:`xcomp.ledger` reads the cost
-    from; ``share`` the cost once all questions of the video are known.
+    Visual tokens: ``tokens_given`` of the vision path, ``tokens_in`` into the language model, ``tokens_per_layer`` in
+    each layer's cache. ``work`` is what a :mod:`xcomp.ledger` reads the cost from; ``share`` the cost once all
+    questions of the video are known.
     """
 
     text: str
@@ -64,11 +65,19 @@ class Answer:
     duration: float
     tokens_per_layer: list[int]
     tokens_in: int
+    tokens_given: int
     work: Work = field(repr=False)
     share: Share | None = None
     scores: list[float] | None = field(default=None, repr=False)
     candidate_times: list[float] | None = field(default=None, repr=False)
     choice: int | None = None
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """Shares of the vision path's tokens that the first layer, the last, and the mean layer held."""
+        counts = self.tokens_per_layer
+        held = {"input": counts[0], "final": counts[-1], "layers": sum(counts) / len(counts)}
+        return {of: round(count / self.tokens_given, 4) for of, count in held.items()}
 
 
 class Answerer:
@@ -227,6 +236,7 @@ class Answerer:
                     duration=info.duration,
                     tokens_per_layer=per_layer[row],
                     tokens_in=state.entered[row],
+                    tokens_given=len(frames) // self.backbone.merged_frames * self.backbone.tokens_per_frame,
                     work=work,
                     scores=None if choice.scores is None else list(choice.scores),
                     candidate_times=None if choice.scores is None else list(info.times),

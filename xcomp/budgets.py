@@ -54,3 +54,17 @@ def solve(mean: Callable[[float], float], wanted: float, low: float, high: float
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) < wanted else (low, middle)
     return high
+
+
+def entering_and_staying(budget: Budget, stage: int, num_layers: int, stays: float) -> tuple[float, float]:
+    """What a method keeps that acts before the first layer, and again after layer ``stage``, where ``stays`` stay.
+
+    The share that enters, and the share of these that stays, which grows only where all tokens enter.
+    """
+    if budget.of == "input":
+        return budget.keep, stays
+    before = 0.0 if budget.of == "final" else stage / num_layers
+    most = before + (1 - before) * stays
+    if budget.keep <= most:
+        return budget.keep / most, stays
+    return 1.0, (budget.keep - before) / (1 - before)

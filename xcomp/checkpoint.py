@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -610,7 +611,15 @@ def load_compressor(compressor: nn.Module, backbone: nn.Module) -> None:
     """
     own = compressor.state_dict()
     checkpoint = getattr(getattr(backbone, "config", None), "checkpoint", None)
-    if not own or checkpoint is None or not (path := find_folder(checkpoint) / COMPRESSOR_FILE).is_file():
+    if not own or checkpoint is None:
+        return
+    name = getattr(compressor, "plugin_name", type(compressor).__name__)
+    if not (path := find_folder(checkpoint) / COMPRESSOR_FILE).is_file():
+        warnings.warn(
+            f"compressor '{name}' begins with random parameters, as '{checkpoint}' holds no {COMPRESSOR_FILE}; tune it "
+            "with `train: [compressor]`",
+            stacklevel=2,
+        )
         return
     try:
         with safe_open(path, framework="pt") as file:
@@ -618,7 +627,6 @@ def load_compressor(compressor: nn.Module, backbone: nn.Module) -> None:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"'{path}' cannot be read: {one_line(error)}") from error
-    name = getattr(compressor, "plugin_name", type(compressor).__name__)
     if whose != name:
         raise ValueError(f"'{path}' holds parameters of compressor '{whose}', not of '{name}'; tune one of its own")
     wrong = [f"missing {key} {list(own[key].shape)}" for key in own if key not in stored]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import xcomp
-from xcomp.registry import KINDS, Plugin, plugins, problem, unreadable
+from xcomp.registry import KINDS, plugins, problem, unreadable
 from xcomp.stopping import Stopped, raise_stopped, signals
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--set", nargs="+", default=[], metavar="key=value", dest="overrides", help="config overrides")
     ask.set_defaults(run=_ask)
     listing = commands.add_parser("plugins", help="list backbones, compressors, selectors and benchmarks")
-    listing.add_argument("folders", nargs="*", help="folders of your own plugin files")
+    text = "folders of your own plugin files; first, if you like, one kind (a folder of that name: ./compressors)"
+    listing.add_argument("folders", nargs="*", metavar="[KIND] FOLDER", help=text)
     listing.add_argument("--check", action="store_true", help="import them all; exit status 1 if any is broken")
     listing.set_defaults(run=_plugins)
     new = commands.add_parser("new", help="write a plugin of your own that works, and its test, to change as you like")
@@ -228,15 +229,26 @@ def _answer(model: VideoQA, video: VideoInFlight, question: str, options: Sequen
 
 
 def _plugins(options: argparse.Namespace) -> int:
-    rows = [(p.kind, p.name, p.origin, problem(p, check=options.check)) for p in _all_plugins(options.folders)]
-    rows += [("?", file.stem, str(file.parent), error) for file, error in unreadable(options.folders).items()]
+    kinds, folders = _kinds(options.folders)
+    if kinds == ["compressor"] and not options.check:
+        from xcomp.catalogue import compressor_rows, plain
+
+        print(plain(compressor_rows(folders)))
+        return 0
+    found = [plugin for kind in kinds for plugin in plugins(kind, folders).values()]
+    rows = [(p.kind, p.name, p.origin, problem(p, check=options.check)) for p in found]
+    rows += [("?", file.stem, str(file.parent), error) for file, error in unreadable(folders).items()]
     for kind, name, origin, error in rows:
         print(f"{kind:<11} {name:<20} {origin}" + (f"  broken: {error}" if error else ""))
     return int(options.check and any(error for *_, error in rows))
 
 
-def _all_plugins(folders: Sequence[str]) -> list[Plugin]:
-    return [plugin for kind in KINDS for plugin in plugins(kind, folders).values()]
+def _kinds(arguments: Sequence[str]) -> tuple[list[str], Sequence[str]]:
+    """The kinds that are asked for, ``compressor`` or ``compressors``, and the folders."""
+    named = {word: kind for kind, (folder, *_) in KINDS.items() for word in (kind, folder)}
+    if arguments and arguments[0] in named:
+        return [named[arguments[0]]], arguments[1:]
+    return list(KINDS), arguments
 
 
 def _new(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ A compressor acts in one or more of these places and inherits the others, which 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class About:
     acts: str  # where: "before the language model", "after layer 2", ...
     trained: bool = False  # whether the published method needs tuning
     deviates: str = ""  # where the default differs from the released code or the paper
+    keeps: float | None = None  # share of the tokens that default options hold over 28 layers, if they alone decide it
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class Compressor(nn.Module):
         """
         if self._fits is backbone:
             return
-        who = getattr(self, "plugin_name", type(self).__name__)
+        who = self._name
         given = (*backbone.tower_features, *([] if backbone.grid is None else ["grid"]))
         if missing := [need for need in self.needs if need not in given]:
             raise ValueError(
@@ -216,6 +217,17 @@ class Compressor(nn.Module):
         if self._fits is None:
             self.build(backbone.text_config.hidden_size)
         object.__setattr__(self, "_fits", backbone)  # no part of this module
+
+    def check(self, backbone: Backbone) -> None:
+        """ValueError, one line, unless it has a plan, or options of a rule inside, for a backbone's whole frames."""
+        try:
+            self.plan(backbone.num_layers, backbone.tokens_per_frame)
+        except ValueError as error:
+            raise ValueError(f"compressor '{self._name}': {str(error).removeprefix(f'{self._name}: ')}") from error
+
+    @property
+    def _name(self) -> str:
+        return getattr(self, "plugin_name", type(self).__name__)
 
     def build(self, width: int) -> None:
         """Make modules and parameters for a language model of that width (D); asked once, before anything runs."""
@@ -273,17 +285,56 @@ class PlannedDrop(Compressor):
 
     def plan(self, num_layers: int, tokens_per_frame: int) -> list[tuple[int, ...]]:
         c = self.config
-        counts = token_counts(
-            c.schedule,
-            num_layers,
-            tokens_per_frame,
-            start=c.start,
-            end=c.end,
-            rounding=c.rounding,
-            steps=c.steps,
-        )
         rule = self.rule or c.rule
-        return keep_slots(rule, counts, tokens_per_frame, seed=getattr(c, "seed", 0))
+        return keep_slots(rule, _counts(c, num_layers, tokens_per_frame), tokens_per_frame, seed=getattr(c, "seed", 0))
+
+    @classmethod
+    def for_budget(cls, config: Any, budget: Budget, num_layers: int, tokens_per_frame: int) -> Any:
+        """``start`` falls, or ``end`` rises, until what is held is as near the budget as whole tokens of a frame allow.
+
+        Schedule, rounding and rule stay. As published (all tokens to 1 along a cosine) about half is held; a smaller
+        mean over layers begins with fewer tokens, a larger one ends with more. Of ``input``, what the first layer
+        holds, ``start`` changes; of ``final`` ``end``.
+        """
+        first, most = config.start or tokens_per_frame, tokens_per_frame
+        falling = [(start, min(config.end, start)) for start in range(1, most + 1)]
+        rising = [(max(first, end), end) for end in range(1, most + 1)]
+        tried = {"input": falling, "final": rising, "layers": [*falling, *rising]}[budget.of]
+        if config.schedule == "constant":
+            tried = rising
+        if config.schedule == "steps":
+            tried = []
+
+        def held(ends: tuple[int, int]) -> float:
+            counts = _counts(replace(config, start=ends[0], end=ends[1]), num_layers, most)
+            return {"input": counts[0], "final": counts[-1], "layers": sum(counts) / num_layers}[budget.of]
+
+        wanted = budget.keep * most
+        start, end = min([(first, min(config.end, first)), *tried], key=lambda ends: abs(held(ends) - wanted))
+        if abs(met := held((start, end)) - wanted) > 0.5 + 1e-9:
+            why = (
+                "steps say what stays"
+                if config.schedule == "steps"
+                else f"a frame has {most} tokens, and neither end of the schedule comes nearer"
+            )
+            raise ValueError(
+                f"a budget of {budget.keep:g} of {budget.of} cannot be met: {why}; the nearest possible is "
+                f"{(wanted + met) / most:g}"
+            )
+        return replace(config, start=start, end=end)
+
+
+def _counts(config: Any, num_layers: int, tokens_per_frame: int) -> list[int]:
+    """Tokens a frame at each layer, by the options of a planned rule."""
+    return token_counts(
+        config.schedule,
+        num_layers,
+        tokens_per_frame,
+        start=config.start,
+        end=config.end,
+        rounding=config.rounding,
+        steps=config.steps,
+    )
 
 
 class Chain(Compressor):
@@ -293,8 +344,9 @@ class Chain(Compressor):
         super().__init__(None)
         inside = [part for part in parts if acts_inside(part)]
         if len(inside) > 1:
-            names = " and ".join(f"'{getattr(part, 'plugin_name', type(part).__name__)}'" for part in inside)
+            names = " and ".join(f"'{part._name}'" for part in inside)
             raise ValueError(f"{names} all act inside the language model; at most one of a list may")
+        self.plugin_name = " + ".join(part._name for part in parts)
         self.parts = nn.ModuleList(parts)
         self.inside = inside[0] if inside else Compressor(None)
         self.needs = tuple(dict.fromkeys(need for part in parts for need in part.needs))
@@ -306,6 +358,9 @@ class Chain(Compressor):
     def fit(self, backbone: Backbone) -> None:
         for part in self.parts:
             part.fit(backbone)
+
+    def check(self, backbone: Backbone) -> None:
+        """Nothing: what a part before leaves of a frame is known when it runs."""
 
     def compress(self, visual: VisualTokens, question: QuestionTokens | None) -> VisualTokens:
         for part in self.parts:

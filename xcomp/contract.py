@@ -82,7 +82,7 @@ def check_compressed(who: str, given: VisualTokens, returned: Any) -> None:
         require(False, who, f"compress() must return VisualTokens, not {describe(returned, False)}")
     if returned is given:
         return
-    if returned.is_whole and given.is_whole and returned.size is None:
+    if returned.is_whole and given.is_whole and returned.size is None and returned.group is None:
         check_before_llm(who, given.frames(), returned.frames())
         return
     count, fields = len(returned), {"frame": returned.frame, "slot": returned.slot}
@@ -101,6 +101,8 @@ def check_compressed(who: str, given: VisualTokens, returned: Any) -> None:
     require(not crowded, who, f"compress() must leave a frame at most its {returned.frame_tokens} tokens")
     right = returned.size is None or returned.size.shape == (count,)
     require(right, who, f"compress(): size must be None or ({count},)")
+    right = returned.group is None or (returned.group.dtype == torch.long and returned.group.shape == (count,))
+    require(right, who, f"compress(): group must be None or ({count},) long")
 
 
 def check_keep(who: str, keep: Any, layout: TokenLayout, method: str = "after_layer") -> None:

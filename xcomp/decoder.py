@@ -143,6 +143,7 @@ class Decoder:
         self.backbone = backbone
         self.compressor = compressor or Compressor(None)
         self.compressor.fit(backbone)
+        self.compressor.check(backbone)
         # Measured on a CPU: rows under a mask cost what they save, so plain causal attention stays.
         self.drop_early = "output" if drop_early == "auto" else drop_early
         self.checkpointing = checkpointing

@@ -19,10 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from xcomp.visual import VisualTokens
 
-TEXT = -1  # frame, slot and place of text
+TEXT = -1  # frame, slot, place and group of text
 
 # What a layout says of each position beside ``real``, and what it says of padding.
-_OF_EACH = {"frame": TEXT, "slot": TEXT, "place": TEXT, "size": 1.0, "position": 0}
+_OF_EACH = {"frame": TEXT, "slot": TEXT, "place": TEXT, "group": TEXT, "size": 1.0, "position": 0}
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class TokenLayout:
 
     The slot is what planned rules go by: frames that came with fewer tokens fill the last slots, as the last tokens of
     a frame are those that have seen the others. ``place`` (B, S) is where in its frame a token comes from, None: its
-    slot. ``size`` (B, S) is how many tokens a merged one stands for, None: one each. Under rules that keep positions,
+    slot. ``size`` (B, S) is how many tokens a merged one stands for, None: one each; ``group`` (B, S) is what the
+    compressor numbered them by, None: nothing. Under rules that keep positions,
     ``position`` (B, S) is each token's place in the sequence before anything left and ``following`` (B,) the next
     text's; None: positions are the running count.
     """
@@ -43,6 +44,7 @@ class TokenLayout:
     frame_tokens: int = 0
     place: Tensor | None = None
     size: Tensor | None = None
+    group: Tensor | None = None
     position: Tensor | None = None
     following: Tensor | None = None
 
@@ -68,24 +70,26 @@ class TokenLayout:
     @classmethod
     def of(cls, parts: Sequence[tuple[int, VisualTokens, int]]) -> TokenLayout:
         """One ``(prefix length, visual tokens, suffix length)`` a sample; videos may have lost tokens anywhere."""
-        if all(visual.is_whole and visual.size is None for _, visual, _ in parts):
+        if all(visual.is_whole and visual.size is None and visual.group is None for _, visual, _ in parts):
             return cls.sequence([(p, v.num_frames, v.frame_tokens, s) for p, v, s in parts])
         frame_tokens = max(visual.frame_tokens for _, visual, _ in parts)
-        rows: dict[str, list[Tensor]] = {name: [] for name in ("frame", "slot", "place", "size")}
+        rows: dict[str, list[Tensor]] = {name: [] for name in ("frame", "slot", "place", "size", "group")}
         lengths = []
         for prefix, visual, suffix in parts:
             frame = visual.frame.cpu()
             counts = visual.counts().cpu()
             rank = torch.arange(len(frame)) - (counts.cumsum(0) - counts)[frame]
             size = torch.ones(len(frame)) if visual.size is None else visual.size.float().cpu()
-            found = (frame, frame_tokens - counts[frame] + rank, visual.slot.cpu(), size)
+            group = torch.full_like(frame, TEXT) if visual.group is None else visual.group.cpu()
+            found = (frame, frame_tokens - counts[frame] + rank, visual.slot.cpu(), size, group)
             for name, values in zip(rows, found):
                 before, after = (values.new_full((n,), _OF_EACH[name]) for n in (prefix, suffix))
                 rows[name].append(torch.cat([before, values, after]))
             lengths.append(prefix + len(frame) + suffix)
         padded = {name: pad_sequence(rows[name], True, _OF_EACH[name]) for name in rows}
-        if all(visual.size is None for _, visual, _ in parts):
-            padded["size"] = None
+        for name in ("size", "group"):
+            if all(getattr(visual, name) is None for _, visual, _ in parts):
+                padded[name] = None
         real = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
         return cls(real=real, frame_tokens=frame_tokens, **padded)
 
@@ -187,6 +191,7 @@ class TokenLayout:
     def append(self, other: TokenLayout) -> TokenLayout:
         """This layout followed by another, as a cache grows; padding may then lie between them."""
         more = {"frame": other.frame, "slot": other.slot, "place": other.places, "size": other.sizes}
+        more["group"] = torch.full_like(other.frame, TEXT) if other.group is None else other.group
         following = self.following
         if following is not None:
             more["position"] = following.unsqueeze(1) + other.real.cumsum(1) - 1

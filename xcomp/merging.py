@@ -147,7 +147,15 @@ def places(slots: Tensor, tokens_per_frame: int) -> Tensor:
     return (slots + first.unsqueeze(1)).flatten()
 
 
-def at_places(visual: VisualTokens, tokens: Tensor, index: Tensor, size: Tensor, *, sort: bool = True) -> VisualTokens:
+def at_places(
+    visual: VisualTokens,
+    tokens: Tensor,
+    index: Tensor,
+    size: Tensor,
+    group: Tensor | None = None,
+    *,
+    sort: bool = True,
+) -> VisualTokens:
     """``visual`` with other tokens (M, D) at the places ``index`` (M,) of all that left the vision path.
 
     They come in the order of their places unless ``sort`` is False; the tokens' type stays that of ``visual``.
@@ -160,6 +168,7 @@ def at_places(visual: VisualTokens, tokens: Tensor, index: Tensor, size: Tensor,
         frame=index // visual.frame_tokens,
         slot=index % visual.frame_tokens,
         size=size.float()[order],
+        group=None if group is None else group[order],
     )
 
 

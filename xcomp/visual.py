@@ -28,10 +28,11 @@ class VisualTokens:
     """``tokens`` (M, D), in the order in which they enter the language model, all frames of ``num_frames``.
 
     ``frame`` and ``slot`` (M,) long, on the tokens' device: the frame (ascending) and the place within it, of
-    ``frame_tokens`` places. ``size`` (M,) is how many original tokens each stands for, None: one. ``grid`` is the
-    (height, width) of a frame's places where they are the pixels' order, row by row. ``tower`` has those of
-    TOWER_FEATURES that a compressor asked for (``needs``); they describe the tokens as they left the vision path,
-    n = num_frames · frame_tokens, and stay as they are when tokens leave.
+    ``frame_tokens`` places. ``size`` (M,) is how many original tokens each stands for (None: one). ``group`` (M,)
+    long is what a compressor numbers them by, from 0, for its rule inside the language model; None: nothing. ``grid``
+    is the (height, width) of a frame's places where they are the pixels' order, row by row. ``tower`` has those of
+    TOWER_FEATURES that a compressor asked for (``needs``); they describe the tokens as they left the vision path, n =
+    num_frames · frame_tokens, and stay as they are when tokens leave.
     """
 
     tokens: Tensor
@@ -43,6 +44,7 @@ class VisualTokens:
     grid: tuple[int, int] | None = None
     tower: Mapping[str, Tensor] = field(default_factory=dict)
     compressed: bool = False  # whether a run's compressor has been asked
+    group: Tensor | None = None
 
     @classmethod
     def from_frames(
@@ -52,7 +54,7 @@ class VisualTokens:
         num_frames, width = frames.shape[:2]
         places = torch.arange(num_frames * width, device=frames.device)
         frame, slot = places // max(width, 1), places % max(width, 1)
-        return cls(frames.flatten(0, 1), frame, slot, num_frames, width, None, grid, tower or {})
+        return cls(frames.flatten(0, 1), frame, slot, num_frames, width, grid=grid, tower=tower or {})
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -108,8 +110,8 @@ class VisualTokens:
 
     def select(self, index: Tensor) -> VisualTokens:
         """The tokens at ``index`` (M',) long or (M,) bool, in that order."""
-        size = None if self.size is None else self.size[index]
-        return replace(self, tokens=self.tokens[index], frame=self.frame[index], slot=self.slot[index], size=size)
+        known = {"tokens", "frame", "slot", *(name for name in ("size", "group") if getattr(self, name) is not None)}
+        return replace(self, **{name: getattr(self, name)[index] for name in known})
 
     def with_tokens(self, tokens: Tensor, size: Tensor | None = None) -> VisualTokens:
         """The same places with other values (M, D)."""

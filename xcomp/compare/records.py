@@ -64,6 +64,7 @@ def record(
         "tokens_in": outcome.tokens_in,
         "tokens_out": outcome.tokens_per_layer[-1],
         "tokens_per_layer": outcome.tokens_per_layer,
+        "kept": outcome.kept,
         "scores": outcome.scores,
         "candidate_times": outcome.candidate_times,
     }
