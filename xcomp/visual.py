@@ -43,6 +43,7 @@ class VisualTokens:
     grid: tuple[int, int] | None = None
     tower: Mapping[str, Tensor] = field(default_factory=dict)
     compressed: bool = False  # whether a run's compressor has been asked
+    shown_frames: int | None = None  # frames before the compressor merged some; None: num_frames
 
     @classmethod
     def from_frames(
