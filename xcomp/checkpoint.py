@@ -521,9 +521,10 @@ def pixel_numbers(numbers: dict[str, Any]) -> tuple[str, tuple[float, ...], tupl
     """(resample, mean, std) for :class:`xcomp.pixels.PixelFormat`; CLIP's where the processor names none."""
     numbers = {name: value for name, value in numbers.items() if value is not None}
     given = numbers.get("resample", 3)
-    resample = next((name for number, name in ((2, "bilinear"), (3, "bicubic")) if given == number), None)
+    filters = (1, "lanczos"), (2, "bilinear"), (3, "bicubic")
+    resample = next((name for number, name in filters if given == number), None)
     if resample is None:
-        raise ValueError(f"the processor's resample is {given}; it must be 2 (bilinear) or 3 (bicubic)")
+        raise ValueError(f"the processor's resample is {given}; it must be 1 (lanczos), 2 (bilinear) or 3 (bicubic)")
     mean = numbers.get("image_mean", (0.48145466, 0.4578275, 0.40821073))
     std = numbers.get("image_std", (0.26862954, 0.26130258, 0.27577711))
     _check_colours("image_mean", mean, 3, lowest=-1e6)

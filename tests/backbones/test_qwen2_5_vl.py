@@ -588,8 +588,8 @@ BROKEN = {
     "shape": (edit_tensors(lambda t: t.update({NORM: torch.zeros(31)})), r"norm.weight is \[31\], should be \[32\]"),
     "quantised": (edit_tensors(lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int8)})), f"{NORM} is I8"),
     "other resampling": (
-        edit("video_preprocessor_config.json", lambda c: c.update(resample=1)),
-        r"resample is 1; it must be 2 \(bilinear\)",
+        edit("video_preprocessor_config.json", lambda c: c.update(resample=4)),
+        r"resample is 4; it must be 1 \(lanczos\)",
     ),
 }  # fmt: skip
 

@@ -390,7 +390,7 @@ def test_what_ends_an_answer_must_be_ids(plugin, ids, damaged):
         ({"image_mean": "grey"}, "image_mean is 'grey'; it must be 3 numbers"),
         ({"image_std": [0, 0, 0]}, "image_std is [0, 0, 0]; it must be 3 numbers of 1e-06"),
         ({"rescale_factor": -1}, "rescale_factor is -1; it must be a number"),
-        ({"resample": [3]}, "resample is [3]; it must be 2 (bilinear) or 3 (bicubic)"),
+        ({"resample": [3]}, "resample is [3]; it must be 1 (lanczos), 2 (bilinear) or 3 (bicubic)"),
     ],
 )
 def test_numbers_of_pixels_that_cannot_be(plugin, changes, message, damaged):
