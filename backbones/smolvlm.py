@@ -307,9 +307,7 @@ class SmolVLM(Backbone):
         prefix = int((ids[: len(alone)] == alone).cumprod(0).sum())
         # Between two placeholders stand one token that closes a frame, and what opens the next.
         starts = [prefix, *(place + 2 for place in places)]
-        texts = tuple(
-            FrameText(ids[start:place], ids[place + 1 : place + 2]) for start, place in zip(starts, places)
-        )
+        texts = tuple(FrameText(ids[start:place], ids[place + 1 : place + 2]) for start, place in zip(starts, places))
         return Prompt(ids[:prefix], ids[starts[-1] : len(ids) - len(header)], header, texts)
 
     def follow_up(self, question: str) -> Tensor:

@@ -40,7 +40,8 @@ from xcomp.visual import VisualTokens
 class Spans:
     """Key positions of a layer's cache: ``prefix`` tokens, then the ``video``'s, then ``question`` and ``header``.
 
-    The video's are visual tokens and what text stands between its frames. The rows that are scored are the question's, without its first ``skipped``.
+    The video's are visual tokens and what text stands between its frames. The rows that are scored are the question's,
+    without its first ``skipped``.
     """
 
     prefix: int

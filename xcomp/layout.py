@@ -1,10 +1,11 @@
 """TokenLayout: which position of a sequence holds which frame's token. All index arithmetic lives here.
 
 A batch of sequences ``[prefix | video | suffix]`` is padded on the right. Within the video, text may stand before and
-behind every frame (time stamps, subtitles); it is text like any other, and knows the frame that it stands beside. A layout says, for every position, the frame
-it belongs to, the slot it had within that frame when it entered the language model, and whether it is real. Dropping
-tokens is one selection: hidden states and layout are gathered with the same indices. Layouts stay on the CPU, so that
-planned dropping never makes an accelerator wait.
+behind every frame (time stamps, subtitles); it is text like any other, and knows the frame that it stands beside.
+
+A layout says, for every position, the frame it belongs to, the slot it had within that frame when it entered the
+language model, and whether it is real. Dropping tokens is one selection: hidden states and layout are gathered with the
+same indices. Layouts stay on the CPU, so that planned dropping never makes an accelerator wait.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ class TokenLayout:
             rank = torch.arange(len(frame)) - (counts.cumsum(0) - counts)[frame]
             size = torch.ones(len(frame)) if visual.size is None else visual.size.float().cpu()
             slot = frame_tokens - counts[frame] + rank
-            order, beside = interleave(frame, visual.num_frames, text) if text else (torch.arange(len(frame)), frame[:0])
+            order, beside = torch.arange(len(frame)), frame[:0]
+            if text:
+                order, beside = interleave(frame, visual.num_frames, text)
             found = (frame, slot, place, size, torch.full_like(frame, TEXT))
             for name, values in zip(rows, found):
                 before, between, after = (values.new_full((n,), _OF_EACH[name]) for n in (prefix, len(beside), suffix))

@@ -99,7 +99,8 @@ def check_known(tokenizer: Any, place: Any, tokens: Sequence[str]) -> None:
     """ValueError unless each of ``tokens`` is one token of the tokenizer in ``place``."""
     if missing := [t for t in tokens if tokenizer(t, add_special_tokens=False).input_ids != [_id_of(tokenizer, t)]]:
         raise ValueError(
-            f"tokenizer '{place}' does not know {', '.join(missing)} as one token; give the tokenizer of this checkpoint"
+            f"tokenizer '{place}' does not know {', '.join(missing)} as one token; give the tokenizer of this "
+            "checkpoint"
         )
 
 

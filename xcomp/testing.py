@@ -231,7 +231,10 @@ def _prompt_of(backbone: Backbone, question: str, video: Tensor | VisualTokens) 
 def _check_prompts(watch: Watch, backbone: Backbone) -> None:
     merged = backbone.merged_frames
     most = backbone.language_model.embed_tokens.num_embeddings - 1
-    for shown in ShownVideo(4.0 * merged, 4 * merged, tuple(map(float, range(4 * merged)))), ShownVideo(2.5, 2 * merged):
+    for shown in (
+        ShownVideo(4.0 * merged, 4 * merged, tuple(map(float, range(4 * merged)))),
+        ShownVideo(2.5, 2 * merged),
+    ):
         prompts = [watch.call("prompt", text, shown) for text in (QUESTION, "Why is that so?")]
         parts = [ids for p in prompts for ids in (p.prefix_ids, p.question_ids, p.header_ids)]
         between = tensors_of([p.frame_texts for p in prompts])
