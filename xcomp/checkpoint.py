@@ -40,7 +40,7 @@ SIZES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size", "mm_hidden_size", "projection_dim",
                      "head_dim", "image_size", "patch_size", "spatial_merge_size", "temporal_patch_size",
                      "spatial_pool_stride", "window_size", "num_channels", "in_channels", "in_chans",
-                     "tokens_per_second", "mm_local_num_frames"), 1_000_000),
+                     "tokens_per_second", "scale_factor", "mm_local_num_frames"), 1_000_000),
     **dict.fromkeys(("vocab_size", "max_position_embeddings"), 100_000_000),
 }  # fmt: skip
 MAX_DEPTH = 32  # of a JSON file
