@@ -22,7 +22,9 @@ from transformers.video_utils import VideoMetadata
 from xcomp.backbones.smolvlm import SmolVLM, in_words, model_config, pixel_format, stamps
 
 import xcomp
+from xcomp.answering import Answerer, Query
 from xcomp.backbone import ShownVideo
+from xcomp.compare.forecast import question_cost
 from xcomp.config import Generation
 from xcomp.data.module import Sample
 from xcomp.data.records import IGNORED, Conversation, tokenise
@@ -236,6 +238,22 @@ def test_an_answer_is_transformers_own_for_the_frames_and_their_times(words, tmp
             assert answer.tokens_in == 4 * 9
     stamp = model.tokenizer.decode(prompt.frame_texts[-1].before)
     assert f"00:{int(answer.times[-1]):02d}:" in stamp and answer.times[-1] >= 4
+
+
+@pytest.mark.parametrize("rule", ["none", "lp_comp", "avg_pool"])
+@torch.no_grad()
+def test_a_forecast_counts_the_text_between_frames(rule, words):
+    """MACs from shapes alone are those that an answer took, QC-Comp's choice of frames included."""
+    model, query = deep(words), Query("given frames", QUESTION, QUESTION)
+    selector = xcomp.load_selector("qc_comp", chunk_frames=8, **SCORING)
+    answerer = Answerer(model, xcomp.load_compressor(rule), selector, budget=4)
+    frames = torch.randint(0, 256, (20, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with video_of(frames, model) as opened:
+        (answer,) = answerer.answer(opened, [query])
+        cost = question_cost(answerer, "arm", opened.info, query)
+    spent = {stage: sum(w.macs for w in answer.work.all() if w.stage == stage) for stage in ("select", "prefill")}
+    assert {stage: cost.macs[stage] for stage in spent} == spent and all(spent.values())
+    assert cost.tokens_per_layer == answer.tokens_per_layer
 
 
 def test_tuning_is_on_the_prompt_with_time_stamps(words, tmp_path):
