@@ -665,6 +665,14 @@ def test_a_video_that_is_too_long_is_told_in_frames(words):
         Decoder(model).prefill(model.encode(video(60)), prompt.prefix_ids, prompt.suffix_ids)
 
 
+def test_text_between_frames_has_no_place_and_is_refused(words):
+    model = build(tokenizer=words)
+    prompt = model.prompt("Why?", SHOWN)
+    texts = [(prompt.prefix_ids[:1], prompt.prefix_ids[:0])] * 2
+    with pytest.raises(ValueError, match="without text between their frames"):
+        Decoder(model).prefill(model.encode(video(4)), prompt.prefix_ids, prompt.suffix_ids, texts)
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 TEMPLATE = (

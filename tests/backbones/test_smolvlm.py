@@ -281,6 +281,19 @@ def test_tuning_is_on_the_prompt_with_time_stamps(words, tmp_path):
     assert model.model.model.connector.modality_projection.proj.weight.grad.abs().sum() > 0
 
 
+def test_a_video_that_is_too_long_is_told_with_its_time_stamps(words):
+    content = architecture()
+    content["text_config"]["max_position_embeddings"] = 600
+    model = build(content, tokenizer=words[False])
+    long = model.prompt("Why?", ShownVideo(99.0, 60, tuple(map(float, range(60)))))
+    (each,) = {sum(lengths) + model.tokens_per_frame for lengths in long.text_lengths}
+    room = (600 - len(long.prefix_ids) - len(long.suffix_ids)) // each
+    with pytest.raises(ValueError, match=f"60 frames make a sequence of .*at most {room} frames fit"):
+        Decoder(model).prefill(model.encode(video(60)), *parts_of(long))
+    fits = model.prompt("Why?", ShownVideo(99.0, room, tuple(map(float, range(room)))))
+    Decoder(model).prefill(model.encode(video(room)), *parts_of(fits))
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 NUMBERS_IN_WORDS = {

@@ -379,14 +379,14 @@ def test_a_tokenizer_of_another_model_is_refused(plugin, damaged, sound, tmp_pat
         load(plugin, sound / plugin, tokenizer=str(other))
 
 
-@pytest.mark.parametrize("plugin", [LLAVA, QWEN])
+@pytest.mark.parametrize("plugin", [LLAVA, QWEN, SMOL])
 @pytest.mark.parametrize("ids", ["x", -1, 1e30, [1, "x"], {"a": 1}, 10**30])
 def test_what_ends_an_answer_must_be_ids(plugin, ids, damaged):
     damage = edit("generation_config.json", lambda c: c.update(eos_token_id=ids))
     assert "eos_token_id" in refusal(plugin, damaged(plugin, damage))
 
 
-@pytest.mark.parametrize("plugin", [LLAVA, QWEN, CLIP])
+@pytest.mark.parametrize("plugin", [LLAVA, QWEN, SMOL, CLIP])
 @pytest.mark.parametrize(
     "changes, message",
     [
