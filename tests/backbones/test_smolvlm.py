@@ -290,8 +290,9 @@ def test_a_video_that_is_too_long_is_told_with_its_time_stamps(words):
     room = (600 - len(long.prefix_ids) - len(long.suffix_ids)) // each
     with pytest.raises(ValueError, match=f"60 frames make a sequence of .*at most {room} frames fit"):
         Decoder(model).prefill(model.encode(video(60)), *parts_of(long))
-    fits = model.prompt("Why?", ShownVideo(99.0, room, tuple(map(float, range(room)))))
-    Decoder(model).prefill(model.encode(video(room)), *parts_of(fits))
+    fewer = room - 1  # another number of frames may be a longer word
+    fits = model.prompt("Why?", ShownVideo(99.0, fewer, tuple(map(float, range(fewer)))))
+    Decoder(model).prefill(model.encode(video(fewer)), *parts_of(fits))
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
