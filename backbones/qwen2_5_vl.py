@@ -238,6 +238,10 @@ class Qwen25VL(Backbone):
 
     def positions(self, layout: TokenLayout) -> Tensor:
         """(3, B, S) long on the CPU: places in time, height and width."""
+        if layout.beside is not None:
+            raise ValueError(
+                "Qwen2.5-VL was made for videos without text between their frames, and has no place for it"
+            )
         return rope_positions(layout, self.grid, self.interval)
 
     # --- words --------------------------------------------------------------------------------------------------------

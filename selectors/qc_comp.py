@@ -10,6 +10,8 @@ the default: the scoring attention has no causal mask (``causal: true`` is the p
 Deviations. Only the rows of attention that are scored are computed, from the keys as the chunk's own pass caches them:
 attention depends on differences of positions, so a window's numbering is had by rotating the queries. A partial last
 window is one more window that ends at the end; videos shorter than a chunk are scored too, as one circular chunk.
+Where the prompt has text between the frames (time stamps), a chunk and a window hold the text of their own frames; it
+takes part in the softmax, and only attention to visual tokens is counted. The prefix is that of all candidates.
 """
 
 from __future__ import annotations
@@ -17,15 +19,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from xcomp.backbone import Backbone, Prompt, QuestionError, apply_rope, attention_scores
+from xcomp.backbone import Backbone, FrameText, Prompt, QuestionError, apply_rope, attention_scores
 from xcomp.compressor import Compressor
 from xcomp.cost import LLMShape, appended_layers, pass_cost, planned_layers
 from xcomp.decoder import Decoder, Observation, QuestionNeeded, State
 from xcomp.inflight import VideoInFlight
+from xcomp.layout import TextLengths, merged_lengths
 from xcomp.ledger import Work
 from xcomp.selector import FrameQuery, FrameSelector, SelectionCost
 from xcomp.visual import VisualTokens
@@ -33,13 +38,14 @@ from xcomp.visual import VisualTokens
 
 @dataclass(frozen=True)
 class Spans:
-    """Key positions of a layer's cache: ``prefix`` tokens, then ``visual`` ones, then ``question`` and ``header``.
+    """Key positions of a layer's cache: ``prefix`` tokens, then the ``video``'s, then ``question`` and ``header``.
 
-    The rows that are scored are the question's, without its first ``skipped``.
+    The video's are visual tokens and what text stands between its frames. The rows that are scored are the question's,
+    without its first ``skipped``.
     """
 
     prefix: int
-    visual: int
+    video: int
     question: int
     header: int
     skipped: int
@@ -54,13 +60,14 @@ class Chunk:
     """Consecutive frames as the language model has them, with the caches of their pass if no question was needed.
 
     ``frames`` are their places among the candidates, ``tokens`` the visual tokens of ``groups`` frames as the backbone
-    merges them.
+    merges them, ``texts`` the text beside each group, if there is any.
     """
 
     frames: list[int]
     groups: int
     tokens: Tensor | VisualTokens
     state: State | None
+    texts: Sequence[FrameText] | None = None
 
 
 class FrameTotals:
@@ -138,18 +145,19 @@ class QCComp(FrameSelector):
             return video.visual([candidates[i] for i in places]).first(groups)
 
         for frames, groups, tokens in self._chunks(backbone, len(candidates), tokens_of):
-            prefix_ids = queries[0].prompt.prefix_ids
+            prompt = queries[0].prompt
+            texts = texts_of(prompt.frame_texts, frames, backbone.merged_frames)
 
-            def run(work: Work, tokens=tokens, prefix_ids=prefix_ids) -> State:
-                stored = decoder.prefill_video(tokens, prefix_ids)
+            def run(work: Work, tokens=tokens, prefix_ids=prompt.prefix_ids, texts=texts) -> State:
+                stored = decoder.prefill_video(tokens, prefix_ids, texts)
                 work.macs += decoder.prefill_macs(stored, len(prefix_ids))
                 return stored
 
             try:
-                state = video.state((id(self), id(compressor), frames[0]), "select", run)
+                state = video.state((id(self), id(compressor), frames[0], prompt.before_question), "select", run)
             except QuestionNeeded:
                 state = None
-            chunk = Chunk(frames, groups, tokens, state)
+            chunk = Chunk(frames, groups, tokens, state, texts)
             for query, total in zip(queries, totals):
                 with video.ledger.charge(query.work):
                     scores, macs = self._clip_scores(decoder, chunk, query.prompt, layers)
@@ -160,9 +168,13 @@ class QCComp(FrameSelector):
 
     @torch.no_grad()
     def score_frames(
-        self, backbone, pixels, prefix_ids, question_ids, header_ids, compressor=None, *, question=None
-    ) -> Tensor:
-        """Scores (T,) of frames (T, 3, h, w) for one question; the clips of an alignment are encoded once."""
+        self, backbone, pixels, prefix_ids, question_ids, header_ids, compressor=None, *, question=None,
+        frame_texts: Sequence[FrameText] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Scores (T,) of frames (T, 3, h, w) for one question; the clips of an alignment are encoded once.
+
+        ``frame_texts`` is the text beside each frame (or group of them), as in the prompt for all candidates.
+        """
         prompt, layers = Prompt(prefix_ids, question_ids, header_ids), self.layers(backbone.num_layers)
         decoder = self._decoder(backbone, compressor, layers)
         encoded: dict[int, Tensor] = {}
@@ -178,24 +190,26 @@ class QCComp(FrameSelector):
 
         total = FrameTotals(len(layers), len(pixels))
         for frames, groups, tokens in self._chunks(backbone, len(pixels), tokens_of):
-            scores, _ = self._clip_scores(decoder, Chunk(frames, groups, tokens, None), prompt, layers)
+            chunk = Chunk(frames, groups, tokens, None, texts_of(frame_texts, frames, merged))
+            scores, _ = self._clip_scores(decoder, chunk, prompt, layers)
             total.add(frames, scores[list(layers)], self.config.clip_frames)
         return total.frame_scores()
 
     @torch.no_grad()
     def clip_scores(
-        self, backbone, tokens, prefix_ids, question_ids, header_ids, compressor=None, *, layers: range | None = None
-    ) -> Tensor:
+        self, backbone, tokens, prefix_ids, question_ids, header_ids, compressor=None, *, layers: range | None = None,
+        frame_texts: Sequence[FrameText] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Scores (L, clips) of one chunk of visual tokens (T, N, D), a clip being ``clip_frames`` frames.
 
-        Where the backbone merges frames, T counts groups of them.
+        Where the backbone merges frames, T counts groups of them. ``frame_texts`` is the text beside each of the T.
 
         NaN marks what has no score: clips that too few windows cover, and layers outside ``layers`` (default: all).
         """
         layers = range(backbone.num_layers) if layers is None else layers
         decoder = self._decoder(backbone, compressor, layers)
         prompt = Prompt(*map(torch.as_tensor, (prefix_ids, question_ids, header_ids)))
-        return self._clip_scores(decoder, Chunk([], len(tokens), tokens, None), prompt, layers)[0]
+        return self._clip_scores(decoder, Chunk([], len(tokens), tokens, None, frame_texts), prompt, layers)[0]
 
     def _decoder(self, backbone: Backbone, compressor: Compressor | None, layers: range) -> Decoder:
         return Decoder(backbone, compressor, stop_layer=layers[-1] + 1)
@@ -226,23 +240,25 @@ class QCComp(FrameSelector):
 
         def observe(seen: Observation) -> None:
             nonlocal clip_of, macs
-            frame = seen.layout.frame[0, seen.layout.visual[0]]
+            here = replace(spans, video=seen.layout.width - spans.prefix - spans.question - spans.header)
+            frame = seen.layout.owner[0, spans.prefix : spans.prefix + here.video]
             if seen.layer == 0:  # frames as the language model has them: merging in time makes them fewer
                 shown = int(frame.max()) + 1
                 clip_of = torch.arange(shown) * chunk.groups // shown // clip_groups
             if seen.layer in layers:
-                edges = torch.searchsorted(clip_of[frame], torch.arange(num_clips + 1))  # first token of each clip
-                scores[seen.layer] = self._layer_scores(backbone, seen, replace(spans, visual=len(frame)), edges)
+                # The first position of each clip: that of the text before it, or of its first token.
+                edges = torch.searchsorted(clip_of[frame], torch.arange(num_clips + 1))
+                scores[seen.layer] = self._layer_scores(backbone, seen, here, edges)
                 macs += self._scoring_macs(backbone, spans, edges.tolist())
 
         observed = decoder.observed_by(observe)
         state, suffix_ids = chunk.state, prompt.suffix_ids
         try:
             if state is None:
-                state = observed.prefill_video(chunk.tokens, prompt.prefix_ids)
+                state = observed.prefill_video(chunk.tokens, prompt.prefix_ids, chunk.texts)
                 macs += observed.prefill_macs(state, spans.prefix)
         except QuestionNeeded:  # the compressor looks at the question
-            state = observed.prefill(chunk.tokens, prompt.prefix_ids, suffix_ids)
+            state = observed.prefill(chunk.tokens, prompt.prefix_ids, suffix_ids, chunk.texts)
             macs += observed.prefill_macs(state, spans.prefix, len(suffix_ids))
         else:
             macs += observed.append_macs(state, len(suffix_ids))
@@ -269,16 +285,17 @@ class QCComp(FrameSelector):
         return groups
 
     def _layer_scores(self, backbone: Backbone, seen: Observation, spans: Spans, edges: Tensor) -> Tensor:
-        """Scores (clips,) at one layer; ``edges`` (clips + 1,) are the clips' first visual tokens."""
+        """Scores (clips,) at one layer; ``edges`` (clips + 1,) are the clips' first positions in the video."""
         num_clips = len(edges) - 1
+        visual = seen.layout.visual[0, spans.prefix : spans.prefix + spans.video]
         if self.config.variant == "global":
             attention = global_attention(backbone, seen, spans, causal=self.config.causal)
-            return clip_means(attention, edges)
+            return clip_means(attention, visual, edges)
         total, covered = torch.zeros(2, num_clips, dtype=torch.float32)
         for first, last in window_clips(num_clips, self.config.window_clips, self.config.window_stride):
             start, stop = int(edges[first]), int(edges[last])
             attention = window_attention(backbone, seen, spans, start, stop, causal=self.config.causal)
-            total[first:last] += clip_means(attention, edges[first : last + 1] - start)
+            total[first:last] += clip_means(attention, visual[start:stop], edges[first : last + 1] - start)
             covered[first:last] += 1
         needed = min(self.config.window_clips // self.config.window_stride, int(covered.max()))
         return (total / covered).masked_fill(covered < needed, math.nan)
@@ -313,16 +330,32 @@ class QCComp(FrameSelector):
         plan, shape = plan[: layers[-1] + 1], LLMShape.from_config(backbone.text_config)
         spans = Spans(len(prompt.prefix_ids), 0, len(prompt.question_ids), len(prompt.header_ids), 0)
         spans = replace(spans, skipped=self._skipped(backbone, prompt))
-        chunk = pass_cost(shape, planned_layers(plan, frames, spans.prefix)).macs
-        sizes = [spans.prefix + frames * len(slots) for slots in plan]
-        question = pass_cost(shape, appended_layers(sizes, len(prompt.suffix_ids), whole=True)).macs
         num_clips = math.ceil(groups / clip_groups)
         frame_clip = torch.arange(frames) * groups // frames // clip_groups
         firsts = torch.searchsorted(frame_clip, torch.arange(num_clips + 1)).tolist()
-        for layer in layers:
-            question += self._scoring_macs(backbone, spans, [first * len(plan[layer]) for first in firsts])
+
+        def of_chunk(texts: TextLengths) -> tuple[int, int]:
+            """MACs of a chunk's pass, and of a question over it."""
+            text = [0, *accumulate(map(sum, texts or [(0, 0)] * frames))]  # before each frame
+            chunk = pass_cost(shape, planned_layers(plan, frames, spans.prefix, texts=texts)).macs
+            sizes = [spans.prefix + frames * len(slots) + text[-1] for slots in plan]
+            question = pass_cost(shape, appended_layers(sizes, len(prompt.suffix_ids), whole=True)).macs
+            for layer in layers:
+                edges = [first * len(plan[layer]) + text[first] for first in firsts]
+                question += self._scoring_macs(backbone, spans, edges)
+            return chunk, question
+
+        found: dict[tuple, tuple[int, int]] = {}  # chunks differ in their text alone
+        video_macs = question_macs = 0
+        for start in starts:
+            places = [(start + i) % num_frames for i in range(length)]
+            of_groups = texts_of(prompt.text_lengths, places, backbone.merged_frames)
+            texts = tuple(merged_lengths(of_groups or (), frames))
+            if texts not in found:
+                found[texts] = of_chunk(texts)
+            video_macs, question_macs = video_macs + found[texts][0], question_macs + found[texts][1]
         alignments = len({start % backbone.clip_frames for start in starts})
-        return SelectionCost(alignments * num_frames, chunk * len(starts), question * len(starts))
+        return SelectionCost(alignments * num_frames, video_macs, question_macs)
 
 
 def chunk_starts(num_frames: int, config: QCComp.Config) -> tuple[int, list[int]]:
@@ -340,6 +373,11 @@ def chunk_starts(num_frames: int, config: QCComp.Config) -> tuple[int, list[int]
     return stride + margin, starts
 
 
+def texts_of(texts: Sequence[Any] | None, frames: Sequence[int], merged: int) -> list[Any] | None:
+    """Of the text beside all candidates' groups of ``merged`` frames, that of a chunk's; ``frames`` are its places."""
+    return [texts[place // merged] for place in frames[::merged]] if texts else None
+
+
 def window_clips(num_clips: int, size: int, stride: int) -> list[tuple[int, int]]:
     """Windows of ``size`` clips as (first, past the last), the last one ending at the end."""
     if num_clips <= size:
@@ -353,14 +391,14 @@ def window_clips(num_clips: int, size: int, stride: int) -> list[tuple[int, int]
 def window_attention(
     backbone, seen: Observation, spans: Spans, start: int, stop: int, *, causal: bool = False
 ) -> Tensor:
-    """Attention of the question's rows to the visual tokens ``start:stop`` of a window: (stop − start,).
+    """Attention of the question's rows to the video's positions ``start:stop``, a window: (stop − start,).
 
     Softmax over ``[prefix | window | question]`` with positions of its own; mean over heads and rows. The cached keys
     carry the positions of the whole pass, so the queries are rotated by what differs for prefix, window and question.
     """
     keys, width = seen.keys, stop - start
     queries = seen.queries[:, :, spans.skipped : spans.question]
-    first = spans.prefix + spans.visual  # the question's first key
+    first = spans.prefix + spans.video  # the question's first key
     pieces = (0, spans.prefix), (spans.prefix + start, spans.prefix + stop), (first, first + spans.question)
     whole = backbone.positions(seen.layout)
     own = backbone.positions(seen.layout.window(pieces))
@@ -394,9 +432,9 @@ def equal_columns(x: Tensor) -> list[tuple[Tensor, slice | Tensor]]:
 
 
 def global_attention(backbone, seen: Observation, spans: Spans, *, causal: bool = False) -> Tensor:
-    """Attention of the question's rows to all visual tokens, softmax over the whole sequence, header included."""
+    """Attention of the question's rows to the whole video, softmax over the whole sequence, header included."""
     rows = torch.arange(spans.skipped, spans.question)
-    first = spans.prefix + spans.visual
+    first = spans.prefix + spans.video
     own = backbone.positions(seen.layout)[..., first + spans.skipped : first + spans.question]
     cos, sin = backbone.rotary(own.to(seen.keys.device))
     queries = apply_rope(seen.queries[:, :, spans.skipped : spans.question], cos, sin)
@@ -412,7 +450,9 @@ def _mean_probability(logits: Tensor, head_size: int, part: slice) -> Tensor:
     return (logits * head_size**-0.5).softmax(-1)[0, :, :, part].mean((0, 1)).cpu()
 
 
-def clip_means(attention: Tensor, edges: Tensor) -> Tensor:
-    """Mean of per-token ``attention`` over each clip ``edges[i]:edges[i + 1]``; 0 for a clip that has no token left."""
-    sums = torch.cat([attention.new_zeros(1, dtype=torch.float64), attention.double().cumsum(0)])
-    return ((sums[edges[1:]] - sums[edges[:-1]]) / (edges[1:] - edges[:-1]).clamp(min=1)).float()
+def clip_means(attention: Tensor, visual: Tensor, edges: Tensor) -> Tensor:
+    """Mean ``attention`` (S,) to the ``visual`` positions (S,) of each clip ``edges[i]:edges[i + 1]``; 0 for a clip
+    that has no token left."""
+    attention = attention.double().masked_fill(~visual, 0.0)
+    sums, counts = (torch.cat([x.new_zeros(1), x.cumsum(0)]) for x in (attention, visual.long()))
+    return ((sums[edges[1:]] - sums[edges[:-1]]) / (counts[edges[1:]] - counts[edges[:-1]]).clamp(min=1)).float()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from contracts.plugin_options import backbone_options, names_of
 
 import xcomp
-from xcomp.backbone import ShownVideo
+from xcomp.backbone import FrameText, ShownVideo
 from xcomp.cost import (
     LayerWork,
     LLMShape,
@@ -20,6 +21,7 @@ from xcomp.cost import (
     planned_layers,
 )
 from xcomp.decoder import Decoder, QuestionNeeded
+from xcomp.layout import merged_lengths
 from xcomp.selector import FrameQuery
 from xcomp.testing import tiny_backbone, video_of
 
@@ -51,11 +53,14 @@ def test_dropping_early_saves_what_the_method_states():
 # --- one by one -------------------------------------------------------------------------------------------------------
 
 
-def count_by_loops(plan, frames, prefix, suffix, drop_early):
+def count_by_loops(plan, frames, prefix, suffix, drop_early, texts=()):
     """[LayerWork], one row and one key at a time."""
     layers = []
     for layer, slots in enumerate(plan):
-        cells = [None] * prefix + [slot for _ in range(frames) for slot in slots] + [None] * suffix
+        cells = [None] * prefix
+        for before, behind in texts or [(0, 0)] * frames:
+            cells += [None] * before + list(slots) + [None] * behind
+        cells += [None] * suffix
         last = layer == len(plan) - 1
         queries = outputs = pairs = 0
         for position, slot in enumerate(cells):
@@ -71,9 +76,10 @@ def count_by_loops(plan, frames, prefix, suffix, drop_early):
 @pytest.mark.parametrize("drop_early", ["off", "output", "query"])
 @pytest.mark.parametrize("suffix", [0, 4])
 @pytest.mark.parametrize("plan", [[(0, 1, 2), (0, 2), (2,)], [(0, 1, 2)] * 3, [(1, 2), (1,)]])
-def test_planned_passes_are_counted_as_they_are_run(plan, suffix, drop_early):
-    ours = planned_layers(plan, 5, 2, suffix, drop_early=drop_early)
-    assert ours == count_by_loops(plan, 5, 2, suffix, drop_early)
+@pytest.mark.parametrize("texts", [[], [(1, 0), (0, 3), (0, 0), (2, 2), (4, 1)]])
+def test_planned_passes_are_counted_as_they_are_run(texts, plan, suffix, drop_early):
+    ours = planned_layers(plan, 5, 2, suffix, drop_early=drop_early, texts=texts)
+    assert ours == count_by_loops(plan, 5, 2, suffix, drop_early, texts)
 
 
 def test_a_pass_is_the_sum_of_its_layers():
@@ -158,6 +164,11 @@ def test_the_language_model_is_counted_as_it_is_run(compressor, drop_early, monk
     assert decoder.prefill(tokens, prefix, suffix) and spy.take() == decoder.prefill_macs(state, 4, 11)
     decoder.prefill_video(tokens, prefix)
     assert spy.take() == decoder.prefill_macs(stored, len(prefix))
+    texts = [(prefix[:number], suffix[: number % 3]) for number in range(6)]
+    decoder.prefill_video(tokens, prefix, texts)
+    with_text = spy.take()
+    assert with_text == decoder.prefill_macs(decoder.prefill_video(tokens, prefix, texts), len(prefix))
+    spy.take()
     sizes = [layer.keys.shape[2] for layer in stored.cache.layers]
     visual = decoder.compress(tokens)
     if not visual.is_whole:  # what enters is not known from shapes
@@ -166,6 +177,9 @@ def test_the_language_model_is_counted_as_it_is_run(compressor, drop_early, monk
     layers = planned_layers(plan, visual.num_frames, len(prefix), drop_early=drop_early)
     shape = LLMShape.from_config(backbone.text_config)
     assert pass_cost(shape, layers).macs == decoder.prefill_macs(stored, len(prefix))  # from shapes alone
+    lengths = merged_lengths([(len(before), len(behind)) for before, behind in texts], visual.num_frames)
+    layers_of_text = planned_layers(plan, visual.num_frames, len(prefix), drop_early=drop_early, texts=lengths)
+    assert pass_cost(shape, layers_of_text).macs == with_text > pass_cost(shape, layers).macs
     kv_bytes = sum(t.nbytes for layer in stored.cache.layers for t in (layer.keys, layer.values))
     assert pass_cost(shape, layers, kv_value_bytes=4).kv_bytes == kv_bytes
     state = decoder.extend(stored.fork(), suffix)
@@ -235,10 +249,11 @@ def merging_macs(backbone, tokens):
     return total
 
 
+@pytest.mark.parametrize("stamps", [False, True])
 @pytest.mark.parametrize("variant", ["segmented", "global"])
 @pytest.mark.parametrize("compressor", ["none", "lp_comp", "avg_pool", "uniform_drop"])
 @torch.no_grad()
-def test_qc_comp_is_counted_as_it_is_run(compressor, variant, monkeypatch):
+def test_qc_comp_is_counted_as_it_is_run(compressor, variant, stamps, monkeypatch):
     """Its passes by hooks, its scores by the sizes of the products that it makes; and all of it from shapes alone."""
     from xcomp.selectors import qc_comp
 
@@ -246,7 +261,11 @@ def test_qc_comp_is_counted_as_it_is_run(compressor, variant, monkeypatch):
     options = {"clip_frames": 2, "window_clips": 4, "window_stride": 2, "chunk_frames": 8, "query_bias": 1}
     selector = xcomp.load_selector("qc_comp", variant=variant, **options)
     frames = torch.randint(0, 256, (14, 8, 8, 3), dtype=torch.uint8)
-    queries = [FrameQuery(text, backbone.prompt(text, ShownVideo(7.0, 14))) for text in ("Why is that so?", "Where?")]
+    prompts = [backbone.prompt(text, ShownVideo(7.0, 14)) for text in ("Why is that so?", "Where?")]
+    if stamps:  # text of unequal length between the frames, so that no chunk costs what another does
+        texts = tuple(FrameText(torch.arange(1, 2 + n % 5), torch.arange(n % 2)) for n in range(14))
+        prompts = [replace(prompt, frame_texts=texts) for prompt in prompts]
+    queries = [FrameQuery("", prompt) for prompt in prompts]
     spy, scored = Spy(backbone, monkeypatch), 0
     mean_probability = qc_comp._mean_probability
 

@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 from conftest import FAMILIES, relative_error
+from slow_pass import random_texts, reference_logits
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import xcomp
-from xcomp.backbone import apply_rope, attention_probabilities, repeat_heads
+from xcomp.backbone import FrameText, attention_probabilities, repeat_heads
 from xcomp.decoder import Decoder, QuestionNeeded
 from xcomp.registry import plugins
 
@@ -32,29 +33,6 @@ def compressor(name):
 def tokens(backbone, frames=6, seed=1):
     torch.manual_seed(seed)
     return backbone.encode(torch.rand(frames, 3, 2, 2))
-
-
-def reference_logits(backbone, rule, visual, prefix, suffix):
-    """All positions at every layer, float32; dropped ones are masked out as keys and stay out of the numbering."""
-    visual = rule.before_llm(visual)
-    frames, width, _ = visual.shape
-    hidden = torch.cat([backbone.embed(prefix), visual.flatten(0, 1), backbone.embed(suffix)])[None]
-    slots = torch.cat(
-        [torch.full((len(prefix),), -1), torch.arange(width).repeat(frames), torch.full((len(suffix),), -1)]
-    )
-    plan = rule.plan(backbone.num_layers, width)
-    for layer in range(backbone.num_layers):
-        alive = torch.tensor([s < 0 or s in plan[layer] for s in slots.tolist()])
-        cos, sin = backbone.rotary((alive.cumsum(0) - 1).clamp(min=0)[None])
-        normed = backbone.input_norm(layer, hidden)
-        keys, values = backbone.project_keys_values(layer, normed)
-        queries = apply_rope(backbone.project_queries(layer, normed), cos, sin)
-        mask = torch.ones(len(slots), len(slots), dtype=torch.bool).tril() & alive
-        mask = mask | torch.eye(len(slots), dtype=torch.bool)  # a dropped row must look somewhere
-        weights = attention_probabilities(queries, apply_rope(keys, cos, sin), mask)
-        attended = (weights @ repeat_heads(values, weights.shape[1])).transpose(1, 2).flatten(2)
-        hidden = backbone.add_mlp(layer, backbone.add_attention(layer, hidden, attended))
-    return backbone.head(hidden)[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -227,6 +205,118 @@ def test_too_many_frames_name_the_largest_number_that_fits(make_backbone):
     backbone.text_config.max_position_embeddings = 40
     with pytest.raises(ValueError, match=r"6 frames make a sequence of 56 tokens.*takes 40; at most 4 frames fit"):
         Decoder(backbone).prefill(tokens(backbone), PREFIX, SUFFIX)
+
+
+# --- text between frames ----------------------------------------------------------------------------------------------
+
+
+class PairsOfFrames(xcomp.Compressor):
+    """Averages two frames into one before the language model, then drops as LP-Comp does."""
+
+    def before_llm(self, tokens):
+        return tokens.unflatten(0, (-1, 2)).mean(1)
+
+    def plan(self, num_layers, tokens_per_frame):
+        return xcomp.load_compressor("lp_comp").plan(num_layers, tokens_per_frame)
+
+
+@pytest.mark.parametrize("drop_early", ["off", "output", "query"])
+@pytest.mark.parametrize("name", [*COMPRESSORS, "pairs of frames"])
+@torch.no_grad()
+def test_text_between_frames_equals_masking_reference(make_backbone, name, drop_early):
+    backbone = make_backbone()
+    rule = PairsOfFrames(None) if name == "pairs of frames" else compressor(name)
+    visual, texts = tokens(backbone), random_texts(6)
+    decoder = Decoder(backbone, rule, drop_early=drop_early)
+    ours = decoder.prefill(visual, PREFIX, SUFFIX, texts)
+    theirs = reference_logits(backbone, rule, visual, PREFIX, SUFFIX, texts)
+    assert relative_error(ours.logits, theirs[-1:]) < 1e-5
+    assert relative_error(decoder.logits(visual, PREFIX, SUFFIX, [3], texts), theirs[-3:]) < 1e-5
+    stored = decoder.prefill_video(visual, PREFIX, texts)
+    assert relative_error(decoder.extend(stored.fork(), SUFFIX).logits, theirs[-1:]) < 1e-5
+    several = decoder.extend(stored.repeat(2), [SUFFIX, SUFFIX[:3]]).logits
+    assert relative_error(several[0], theirs[-1]) < 1e-5
+    length = sum(len(ids) for text in texts for ids in text)
+    assert length > 10 and [layer.keys.shape[2] - 3 - length for layer in stored.cache.layers] == ours.tokens_per_layer
+    plain = decoder.prefill(visual, PREFIX, SUFFIX)
+    assert ours.tokens_per_layer == plain.tokens_per_layer and relative_error(ours.logits, plain.logits) > 1e-2
+    empty = [FrameText(PREFIX[:0], PREFIX[:0])] * 6
+    assert torch.equal(decoder.prefill(visual, PREFIX, SUFFIX, empty).logits, plain.logits)
+
+
+@pytest.mark.parametrize("name", BATCHED)
+@torch.no_grad()
+def test_a_batch_with_text_between_frames_gives_the_logits_of_each_alone(make_backbone, name):
+    """Under every compressor; one of the samples has no such text."""
+    backbone = make_backbone()
+    decoder = Decoder(backbone, compressor(name))
+    torch.manual_seed(5)
+    videos = [backbone.visual(torch.rand(n, 3, 2, 2), decoder.compressor.needs) for n in (2, 8, 6)]
+    samples = list(zip(videos, [PREFIX] * 3, [SUFFIX, SUFFIX[:2], SUFFIX], [random_texts(2), random_texts(8), None]))
+    alone = [decoder.prefill(*sample) for sample in samples]
+    batch = decoder.prefill(*map(list, zip(*samples)))
+    for row, state in enumerate(alone):
+        assert [counts[row] for counts in batch.tokens_per_layer] == state.tokens_per_layer
+        assert relative_error(batch.logits[row], state.logits[0]) < 2e-5
+        assert all(torch.equal(a.between[0].sum(), b.between[row].sum()) for a, b in zip(state.layouts, batch.layouts))
+    try:
+        stored = decoder.prefill_video(videos, [PREFIX] * 3, [sample[3] for sample in samples])
+    except QuestionNeeded:
+        return
+    extended = decoder.extend(stored, [sample[2] for sample in samples]).logits
+    assert relative_error(extended, torch.cat([state.logits for state in alone])) < 2e-5
+
+
+class FirstAndThird(xcomp.Compressor):
+    """Frames of unequal length, one of them without any token."""
+
+    def compress(self, visual, question):
+        keep = torch.isin(visual.frame, torch.tensor([0, 2])) & (visual.slot != 1)
+        return visual.select(keep)
+
+
+@torch.no_grad()
+def test_the_text_of_a_frame_without_tokens_stays(make_backbone):
+    backbone, texts = make_backbone(), random_texts(4, seed=1)
+    visual, decoder = tokens(backbone, 4), Decoder(backbone, FirstAndThird(None))
+    parts = [backbone.embed(PREFIX)]
+    for number, (before, behind) in enumerate(texts):
+        left = visual[number, [0, *range(2, 8)]] if number in (0, 2) else visual[number, :0]
+        parts += [backbone.embed(before), left, backbone.embed(behind)]
+    embeds = torch.cat([*parts, backbone.embed(SUFFIX)])[None]
+    theirs = backbone.lm_head(backbone.language_model(inputs_embeds=embeds).last_hidden_state)[:, -1]
+    assert all(len(ids) for ids in texts[1]) or all(len(ids) for ids in texts[3])
+    assert relative_error(decoder.prefill(visual, PREFIX, SUFFIX, texts).logits, theirs) < 1e-5
+    assert relative_error(decoder.extend(decoder.prefill_video(visual, PREFIX, texts), SUFFIX).logits, theirs) < 1e-5
+
+
+def test_text_between_frames_is_checked_and_counted(make_backbone):
+    backbone, texts = make_backbone(), [FrameText(PREFIX, PREFIX[:1])] * 6
+    with pytest.raises(ValueError, match="5 texts between frames were given for a video of 6 frames"):
+        Decoder(backbone).prefill(tokens(backbone), PREFIX, SUFFIX, texts[1:])
+    with pytest.raises(ValueError, match=r"suffixes \(1\) and texts between frames \(2\)"):
+        Decoder(backbone).prefill([tokens(backbone)], [PREFIX], [SUFFIX], [texts, None])
+    backbone.text_config.max_position_embeddings = 60
+    with pytest.raises(ValueError, match=r"6 frames make a sequence of 80 tokens.*takes 60; at most 4 frames fit"):
+        Decoder(backbone).prefill(tokens(backbone), PREFIX, SUFFIX, texts)
+    Decoder(backbone).prefill(tokens(backbone, 4), PREFIX, SUFFIX, texts[:4])
+
+
+def test_the_text_behind_a_video_is_none_of_that_between_its_frames(make_backbone):
+    backbone, seen = make_backbone(), []
+
+    class Looks(xcomp.Compressor):
+        def plan(self, num_layers, tokens_per_frame):
+            return None
+
+        def after_layer(self, output):
+            seen.append(output.text_behind(0).tolist())
+            return output.layout.frame == 0
+
+    with torch.no_grad():
+        state = Decoder(backbone, Looks(None)).prefill(tokens(backbone), PREFIX, SUFFIX, random_texts(6))
+    widths = [layout.width for layout in state.prefilled]
+    assert seen == [list(range(width - 5, width)) for width in widths[:3]] and widths[1] < widths[0]
 
 
 class Keeps(xcomp.Compressor):

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from xcomp.layout import TEXT, TokenLayout, gather
+from xcomp.layout import TEXT, TokenLayout, gather, merged_lengths
+from xcomp.visual import VisualTokens
 
 PADDING = (TEXT, TEXT, False)
 
@@ -148,3 +149,87 @@ def test_the_tokens_that_a_frame_entered_with_are_kept():
     kept = layout.select(layout.keep_slots([4], 5))[1]
     grown = kept.append(TokenLayout.text([1, 1]))
     assert {part.frame_tokens for part in (kept, grown, grown.repeat(2), layout.window([(0, 4)]))} == {5}
+
+
+# --- text between frames ----------------------------------------------------------------------------------------------
+
+
+def random_video(rng, width, frames, ragged):
+    """Visual tokens of some frames, whole or with tokens left out, and each frame's (before, behind)."""
+    visual = VisualTokens.from_frames(torch.randn(frames, width, 2))
+    if ragged:
+        keep = sorted(rng.sample(range(frames * width), rng.randint(1, frames * width)))
+        visual = visual.select(torch.tensor(keep))
+    return visual, [(rng.randint(0, 3), rng.randint(0, 2)) for _ in range(frames)]
+
+
+def slow_rows(parts, texts):
+    """Rows of (frame, beside, place, real), a token at a time."""
+    rows = []
+    for (prefix, visual, suffix), lengths in zip(parts, texts):
+        row = [(TEXT, TEXT, TEXT, True)] * prefix
+        given = len(lengths) or visual.num_frames
+        for number in range(given):
+            # The merged frame that this one went into stands here if this is the first that went into it.
+            merged = number * visual.num_frames // given
+            first = number == min(i for i in range(given) if i * visual.num_frames // given == merged)
+            before, behind = lengths[number] if lengths else (0, 0)
+            row += [(TEXT, merged, TEXT, True)] * before
+            if first:
+                places = visual.slot[visual.frame == merged].tolist()
+                row += [(merged, TEXT, place, True) for place in places]
+            row += [(TEXT, merged, TEXT, True)] * behind
+        rows.append(row + [(TEXT, TEXT, TEXT, True)] * suffix)
+    width = max(map(len, rows))
+    return [row + [(TEXT, TEXT, TEXT, False)] * (width - len(row)) for row in rows]
+
+
+def rows_with_text(layout):
+    beside = torch.full_like(layout.frame, TEXT) if layout.beside is None else layout.beside
+    fields = (layout.frame, beside, layout.places, layout.real)
+    return [list(zip(*(t.tolist() for t in row))) for row in zip(*fields)]
+
+
+@pytest.mark.parametrize("merged", [1, 2, 3])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_text_between_frames(seed, ragged, merged):
+    """``merged``: how many of the frames that have a text became one frame of tokens."""
+    rng = random.Random(seed)
+    parts, texts = [], []
+    for sample in range(3):
+        visual, lengths = random_video(rng, 4, rng.randint(1, 5), ragged)
+        parts.append((rng.randint(0, 3), visual, rng.randint(0, 3)))
+        more = [(rng.randint(0, 3), rng.randint(0, 2)) for _ in range(rng.randint(0, merged - 1) * len(lengths))]
+        texts.append(lengths + more if sample else [])  # the first sample has no text
+    layout = TokenLayout.of(parts, texts)
+    assert rows_with_text(layout) == slow_rows(parts, texts)
+    assert (layout.place is None) == all(visual.is_whole for _, visual, _ in parts)
+    assert layout.owner.tolist() == [[max(f, b) for f, b, _, _ in row] for row in slow_rows(parts, texts)]
+    for row, ((_, visual, _), lengths) in enumerate(zip(parts, texts)):
+        found = merged_lengths(lengths, visual.num_frames)
+        assert sum(map(sum, found)) == sum(map(sum, lengths)) == int(layout.between[row].sum())
+        if visual.is_whole and sum(map(sum, lengths)):
+            assert layout.text_lengths(row) == [*found]
+    kept = layout.select(layout.keep_slots([1, 3], 4))[1]
+    assert torch.equal(kept.between.sum(1), layout.between.sum(1))
+    grown = kept.append(TokenLayout.text([1] * 3))
+    assert torch.equal(grown.between.sum(1), layout.between.sum(1)) and not grown.between[:, -1].any()
+
+
+def test_a_window_keeps_the_text_of_its_frames():
+    visual = VisualTokens.from_frames(torch.zeros(4, 2, 1))
+    layout = TokenLayout.of([(1, visual, 2)], [[(1, 0), (2, 1), (0, 1), (1, 1)]])
+    assert layout.owner[0].tolist() == [-1, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, -1, -1]
+    part = layout.window([(0, 1), (4, 12), (16, 18)])
+    assert part.owner[0].tolist() == [-1, 0, 0, 0, 0, 0, 1, 1, 1, -1, -1]
+    assert part.frame[0].tolist() == [-1, -1, -1, 0, 0, -1, 1, 1, -1, -1, -1]
+    without = layout.select(layout.frame != 1)[1]  # the frame's tokens are gone, its text is not
+    assert without.owner[0].tolist() == [-1, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, -1, -1]
+    assert without.window([(0, 1), (4, 10), (14, 16)]).owner[0].tolist() == [-1, 0, 0, 0, 1, 1, 1, -1, -1]
+
+
+def test_empty_texts_are_none():
+    visual = VisualTokens.from_frames(torch.zeros(2, 3, 1))
+    layout = TokenLayout.of([(1, visual, 2)], [[(0, 0), (0, 0)]])
+    assert rows_of(layout) == slow_sequence([(1, 2, 3, 2)]) and not layout.between.any()

@@ -122,7 +122,8 @@ class Answerer:
         pixels = torch.zeros(backbone.clip_frames, 3, *backbone.pixel_format.largest, device=backbone.device)
         visual = backbone.visual(pixels.to(backbone.dtype), self.compressor.needs)
         prompt = backbone.prompt("?", ShownVideo(1.0, backbone.clip_frames))
-        self.decoder.generate(self.decoder.prefill(visual, prompt.prefix_ids, prompt.suffix_ids), max_new_tokens=2)
+        state = self.decoder.prefill(visual, prompt.prefix_ids, prompt.suffix_ids, prompt.frame_texts)
+        self.decoder.generate(state, max_new_tokens=2)
 
     # --- which frames -----------------------------------------------------------------------------------------------
 
@@ -252,15 +253,16 @@ class Answerer:
         Of the latter, each question's own work too.
         """
         prefixes, suffixes = [p.prefix_ids for p in prompts], [p.suffix_ids for p in prompts]
+        texts = [p.frame_texts for p in prompts]
         if not self._needs_question:
 
             def run(work: Work) -> State:
-                stored = self.decoder.prefill_video(self._compressed(video, frames), prefixes[0])
+                stored = self.decoder.prefill_video(self._compressed(video, frames), prefixes[0], texts[0])
                 work.macs = self.decoder.prefill_macs(stored, len(prefixes[0]))
                 return stored
 
             try:
-                state = video.state((id(self.compressor), frames), "prefill", run)
+                state = video.state((id(self.compressor), frames, prompts[0].before_question), "prefill", run)
             except QuestionNeeded:
                 self._needs_question = True
             else:
@@ -270,7 +272,7 @@ class Answerer:
                 videos = [self._compressed(video, frames, suffix) for suffix in suffixes]
             else:
                 videos = [self._compressed(video, frames)] * len(prompts)
-            state = self.decoder.prefill(videos, prefixes, suffixes)
+            state = self.decoder.prefill(videos, prefixes, suffixes, texts)
         macs = [
             self.decoder.prefill_macs(state, len(prefix), len(suffix), row=row)
             for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes))

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +31,42 @@ from xcomp.visual import VisualTokens
 ATTENTION_BLOCK = 2**24
 
 
+class FrameText(NamedTuple):
+    """Token ids that stand ``before`` and ``behind`` a frame's visual tokens, each 1-D; either may be empty."""
+
+    before: Tensor
+    behind: Tensor
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids around the video, each 1-D: ``prefix | video | question | header``."""
+    """Token ids around the video, each 1-D: ``prefix | video | question | header``.
+
+    Models that write something between the frames (time stamps, subtitles, tokens that open and close a frame) give
+    ``frame_texts``, one for each frame as the language model has them (T / merged_frames): the video is then ``before |
+    frame | behind`` for each in turn.
+    """
 
     prefix_ids: Tensor
     question_ids: Tensor
     header_ids: Tensor
+    frame_texts: tuple[FrameText, ...] | None = None
 
     @property
     def suffix_ids(self) -> Tensor:
         """Everything after the video: question, then assistant header."""
         return torch.cat([self.question_ids, self.header_ids])
+
+    @property
+    def text_lengths(self) -> list[tuple[int, int]]:
+        """Tokens of text before and behind each frame; empty where there is none."""
+        return [(len(text.before), len(text.behind)) for text in self.frame_texts or ()]
+
+    @property
+    def before_question(self) -> tuple[tuple[int, ...], ...]:
+        """All ids that stand before the question, to tell by which prompts a stored video may be shared."""
+        texts = [ids for text in self.frame_texts or () for ids in text]
+        return tuple(tuple(ids.tolist()) for ids in (self.prefix_ids, *texts))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ SIZES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size", "mm_hidden_size", "projection_dim",
                      "head_dim", "image_size", "patch_size", "spatial_merge_size", "temporal_patch_size",
                      "spatial_pool_stride", "window_size", "num_channels", "in_channels", "in_chans",
-                     "tokens_per_second", "mm_local_num_frames"), 1_000_000),
+                     "tokens_per_second", "scale_factor", "mm_local_num_frames"), 1_000_000),
     **dict.fromkeys(("vocab_size", "max_position_embeddings"), 100_000_000),
 }  # fmt: skip
 MAX_DEPTH = 32  # of a JSON file
@@ -522,9 +522,10 @@ def pixel_numbers(numbers: dict[str, Any]) -> tuple[str, tuple[float, ...], tupl
     """(resample, mean, std) for :class:`xcomp.pixels.PixelFormat`; CLIP's where the processor names none."""
     numbers = {name: value for name, value in numbers.items() if value is not None}
     given = numbers.get("resample", 3)
-    resample = next((name for number, name in ((2, "bilinear"), (3, "bicubic")) if given == number), None)
+    filters = (1, "lanczos"), (2, "bilinear"), (3, "bicubic")
+    resample = next((name for number, name in filters if given == number), None)
     if resample is None:
-        raise ValueError(f"the processor's resample is {given}; it must be 2 (bilinear) or 3 (bicubic)")
+        raise ValueError(f"the processor's resample is {given}; it must be 1 (lanczos), 2 (bilinear) or 3 (bicubic)")
     mean = numbers.get("image_mean", (0.48145466, 0.4578275, 0.40821073))
     std = numbers.get("image_std", (0.26862954, 0.26130258, 0.27577711))
     _check_colours("image_mean", mean, 3, lowest=-1e6)

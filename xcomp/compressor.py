@@ -103,9 +103,9 @@ class LayerOutput:
     macs: list[Tensor] = field(default_factory=list)  # (B,) each: of what was asked here; a rule adds its own
 
     def text_behind(self, row: int) -> Tensor:
-        """Positions of a sample's text behind its video."""
+        """Positions of a sample's text behind its video; text between the frames is none of it."""
         real, visual = self.layout.real[row], self.layout.visual[row]
-        return (real & ~visual & (visual.cumsum(0) > 0)).nonzero()[:, 0]
+        return (real & ~visual & ~self.layout.between[row] & (visual.cumsum(0) > 0)).nonzero()[:, 0]
 
     def keys(self, layer: str = "this") -> Tensor:
         """(B, H_kv, S, K) keys after RoPE of ``this`` layer, or of the ``next``."""

@@ -122,26 +122,37 @@ def pass_cost(
 
 
 def planned_layers(
-    plan: Sequence[Sequence[int]], num_frames: int, prefix: int, suffix: int = 0, *, drop_early: str = "output"
+    plan: Sequence[Sequence[int]],
+    num_frames: int,
+    prefix: int,
+    suffix: int = 0,
+    *,
+    drop_early: str = "output",
+    texts: Sequence[tuple[int, int]] = (),
 ) -> list[LayerWork]:
     """``[prefix | T frames | suffix]`` under a planned rule: ``plan[l]`` are the slots of a frame that layer l has.
 
+    ``texts`` are the tokens of text before and behind each frame, where there is any; they stay as all text does.
     With a suffix the last layer computes the last position alone; without one (a stored video) only keys and values.
     ``drop_early`` as in :class:`xcomp.decoder.Decoder`. A pass that stops early is given the layers it runs.
     """
     last = 1 if suffix else 0
+    text = sum(before + behind for before, behind in texts)
+    ahead = 0  # over all frames: text that stands between the prefix and the frame
+    for number, (before, behind) in enumerate(texts):
+        ahead += before * (num_frames - number) + behind * (num_frames - number - 1)
     layers = []
     for layer, slots in enumerate(plan):
-        size = prefix + num_frames * len(slots) + suffix
+        size = prefix + num_frames * len(slots) + text + suffix
         if layer == len(plan) - 1:
             layers.append(LayerWork(size, last, size * last, last))
             continue
         stays = set(plan[layer + 1])
-        kept = [rank for rank, slot in enumerate(slots) if slot in stays]
-        staying = prefix + num_frames * len(kept) + suffix
+        gone = [rank for rank, slot in enumerate(slots) if slot not in stays]
+        staying = size - num_frames * len(gone)
         if drop_early == "query" and staying < size:
-            visible = sum(frame * len(slots) + rank + 1 + prefix for frame in range(num_frames) for rank in kept)
-            pairs = _triangle(prefix) + visible + _triangle(size) - _triangle(size - suffix)
+            unseen = sum(frame * len(slots) + rank + 1 + prefix for frame in range(num_frames) for rank in gone)
+            pairs = _triangle(size) - unseen - ahead * len(gone)
             layers.append(LayerWork(size, staying, pairs, staying))
         else:
             layers.append(LayerWork(size, size, _triangle(size), size if drop_early == "off" else staying))

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from xcomp.backbone import Backbone, QuestionError, Rotary
+from xcomp.backbone import Backbone, FrameText, QuestionError, Rotary
 from xcomp.compressor import (
     RULES,
     Compressor,
@@ -42,6 +42,8 @@ from xcomp.visual import VisualTokens
 DROP_EARLY = ("auto", "off", "output", "query")
 Ids = Tensor | Sequence[int]
 Video = Tensor | VisualTokens
+# Text between the frames of one video, as in xcomp.backbone.Prompt: ids before and behind each; None: there is none.
+FrameTexts = Sequence[tuple[Ids, Ids]] | None
 
 
 class QuestionNeeded(ValueError):
@@ -153,10 +155,19 @@ class Decoder:
     # --- public -----------------------------------------------------------------------------------------------------
 
     def prefill(
-        self, tokens: Video | Sequence[Video], prefix_ids: Ids | Sequence[Ids], suffix_ids: Ids | Sequence[Ids]
+        self,
+        tokens: Video | Sequence[Video],
+        prefix_ids: Ids | Sequence[Ids],
+        suffix_ids: Ids | Sequence[Ids],
+        frame_texts: FrameTexts | Sequence[FrameTexts] = None,
     ) -> State:
-        """Run ``[prefix | video | suffix]``: tokens (T, N, D) or VisualTokens and 1-D ids, or lists for a batch."""
-        hidden, layout, tokens_per_frame, batched = self._assemble(tokens, prefix_ids, suffix_ids)
+        """Run ``[prefix | video | suffix]``: tokens (T, N, D) or VisualTokens and 1-D ids, or lists for a batch.
+
+        ``frame_texts`` are the (before, behind) ids of the text beside each of the T frames, where there is any
+        (``Prompt.frame_texts``). All of it stays: that of a frame whose tokens have left, too, and where a compressor
+        merged frames before the first layer, their tokens stand where the first of them was.
+        """
+        hidden, layout, tokens_per_frame, batched = self._assemble(tokens, prefix_ids, suffix_ids, frame_texts)
         state = State(
             DynamicCache(),
             [],
@@ -178,21 +189,31 @@ class Decoder:
         return state
 
     def logits(
-        self, tokens: Sequence[Video], prefix_ids: Sequence[Ids], suffix_ids: Sequence[Ids], num_logits: Sequence[int]
+        self,
+        tokens: Sequence[Video],
+        prefix_ids: Sequence[Ids],
+        suffix_ids: Sequence[Ids],
+        num_logits: Sequence[int],
+        frame_texts: Sequence[FrameTexts] | None = None,
     ) -> Tensor:
         """Logits at the last ``num_logits[b]`` positions of each sample, packed: (sum, V). No cache: for training.
 
         One sample's tokens and ids may stand without a list.
         """
-        hidden, layout, tokens_per_frame, _ = self._assemble(tokens, prefix_ids, suffix_ids)
+        hidden, layout, tokens_per_frame, _ = self._assemble(tokens, prefix_ids, suffix_ids, frame_texts)
         counts = torch.tensor(num_logits)
         back = torch.arange(int(counts.max()))
         wanted = (layout.counts.unsqueeze(1) - counts.unsqueeze(1) + back).clamp(max=layout.width - 1)
         rows = self._run(hidden, layout, tokens_per_frame, wanted=wanted, state=None)
         return self.backbone.head(rows[(back < counts.unsqueeze(1)).to(rows.device)])
 
-    def prefill_video(self, tokens: Video | Sequence[Video], prefix_ids: Ids | Sequence[Ids]) -> State:
-        """Run ``[prefix | video]`` alone, for any number of questions.
+    def prefill_video(
+        self,
+        tokens: Video | Sequence[Video],
+        prefix_ids: Ids | Sequence[Ids],
+        frame_texts: FrameTexts | Sequence[FrameTexts] = None,
+    ) -> State:
+        """Run ``[prefix | video]`` alone, for any number of questions; text between the frames is part of the video.
 
         Raises:
             QuestionNeeded: if the compressor decides from the question too.
@@ -202,7 +223,7 @@ class Decoder:
         suffixes = [empty] * len(tokens) if batched else empty
         if self.compressor.uses_question:
             self._refuse_to_store()
-        hidden, layout, tokens_per_frame, _ = self._assemble(tokens, prefix_ids, suffixes)
+        hidden, layout, tokens_per_frame, _ = self._assemble(tokens, prefix_ids, suffixes, frame_texts)
         if self.plan(tokens_per_frame) is None:
             self._refuse_to_store()
         state = State(
@@ -268,7 +289,8 @@ class Decoder:
             layers = counted_layers(sizes, outputs, whole=self.observer is not None, rows=min(1, num_suffix))
         else:
             plan, frames = plan[: self.stop_layer], int(layout.frame[row].max()) + 1
-            layers = planned_layers(plan, frames, num_prefix, num_suffix, drop_early=self.drop_early)
+            texts = layout.text_lengths(row)
+            layers = planned_layers(plan, frames, num_prefix, num_suffix, drop_early=self.drop_early, texts=texts)
         heads = 1 if num_suffix and self.stop_layer == self.backbone.num_layers else 0
         return pass_cost(LLMShape.from_config(self.backbone.text_config), layers, head_positions=heads).macs
 
@@ -287,29 +309,46 @@ class Decoder:
     # --- the pass ---------------------------------------------------------------------------------------------------
 
     def _assemble(
-        self, tokens: Video | Sequence[Video], prefix_ids: Ids | Sequence[Ids], suffix_ids: Ids | Sequence[Ids]
+        self,
+        tokens: Video | Sequence[Video],
+        prefix_ids: Ids | Sequence[Ids],
+        suffix_ids: Ids | Sequence[Ids],
+        frame_texts: FrameTexts | Sequence[FrameTexts],
     ) -> tuple[Tensor, TokenLayout, int, bool]:
         """Embedded sequences (B, S, D) padded on the right, their layout, slots a frame, and if it was a batch."""
         batched = isinstance(tokens, (list, tuple))
         videos = list(tokens) if batched else [tokens]
         prefixes = [_ids(i) for i in (prefix_ids if batched else [prefix_ids])]
         suffixes = [_ids(i) for i in (suffix_ids if batched else [suffix_ids])]
-        if not len(videos) == len(prefixes) == len(suffixes):
+        texts = [None] * len(videos) if frame_texts is None else list(frame_texts) if batched else [frame_texts]
+        if not len(videos) == len(prefixes) == len(suffixes) == len(texts):
             raise ValueError(
-                f"a batch needs as many videos ({len(videos)}) as prefixes ({len(prefixes)}) "
-                f"and suffixes ({len(suffixes)})"
+                f"a batch needs as many videos ({len(videos)}) as prefixes ({len(prefixes)}), "
+                f"suffixes ({len(suffixes)}) and texts between frames ({len(texts)})"
             )
         videos = [self.compress(video, suffix) for video, suffix in zip(videos, suffixes)]
         widths = {video.frame_tokens for video in videos}
         if len(widths) != 1:
             raise ValueError(f"all videos of a batch need the same number of tokens a frame, not {sorted(widths)}")
-        layout = TokenLayout.of([(len(p), v, len(s)) for p, v, s in zip(prefixes, videos, suffixes)])
+        texts = [_frame_texts(given, video) for given, video in zip(texts, videos)]
+        lengths = [[(len(text.before), len(text.behind)) for text in of_video] for of_video in texts]
+        layout = TokenLayout.of([(len(p), v, len(s)) for p, v, s in zip(prefixes, videos, suffixes)], lengths)
         self._check_length(layout, videos)
         samples = [
-            torch.cat([self._embed(p), v.tokens.to(self.backbone.dtype), self._embed(s)])
-            for p, v, s in zip(prefixes, videos, suffixes)
+            torch.cat([self._embed(p), self._embed_video(v, text, layout.between[row, len(p) :]), self._embed(s)])
+            for row, (p, v, s, text) in enumerate(zip(prefixes, videos, suffixes, texts))
         ]
         return pad_sequence(samples, batch_first=True), layout, widths.pop(), batched
+
+    def _embed_video(self, video: VisualTokens, texts: list[FrameText], between: Tensor) -> Tensor:
+        """A video's tokens with the text between its frames, (L + M, D); ``between`` says where that stands."""
+        tokens = video.tokens.to(self.backbone.dtype)
+        if not texts:
+            return tokens
+        text = self._embed(torch.cat([ids for of_frame in texts for ids in of_frame]))
+        between = between[: len(text) + len(tokens)]
+        order = torch.where(between, between.cumsum(0) - 1, len(text) + (~between).cumsum(0) - 1)
+        return torch.cat([text, tokens])[order.to(tokens.device)]
 
     def compress(self, tokens: Video, suffix_ids: Ids = ()) -> VisualTokens:
         """The tokens of one video that enter the language model. What this returned is not compressed again."""
@@ -330,19 +369,20 @@ class Decoder:
             question = QuestionTokens(ids, self._embed(ids))
         found = self.compressor.compress(visual, question)
         check_compressed(name_of("compressor", self.compressor), visual, found)
-        return replace(found, compressed=True)
+        return replace(found, compressed=True, shown_frames=visual.num_frames)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.backbone.embed(ids.to(self.backbone.device))
 
     def _check_length(self, layout: TokenLayout, videos: list[VisualTokens]) -> None:
         limit = self.backbone.text_config.max_position_embeddings
-        for count, video in zip(layout.counts.tolist(), videos):
+        of_videos = (layout.visual | layout.between).sum(1).tolist()  # with the text between the frames
+        for count, of_video, video in zip(layout.counts.tolist(), of_videos, videos):
             if count > limit:
-                merged = self.backbone.merged_frames
-                fits = max(0, (limit - count + len(video)) * video.num_frames // len(video)) * merged
+                frames, merged = video.shown_frames or video.num_frames, self.backbone.merged_frames
+                fits = max(0, (limit - count + of_video) * frames // of_video) * merged
                 raise QuestionError(
-                    f"{video.num_frames * merged} frames make a sequence of {count} tokens, but the language "
+                    f"{frames * merged} frames make a sequence of {count} tokens, but the language "
                     f"model takes {limit}; at most {fits} frames fit"
                 )
 
@@ -649,6 +689,18 @@ def _reduce(
     if wanted is not None:
         wanted = (keep.cumsum(1) - 1).gather(1, wanted)
     return index, kept, wanted
+
+
+def _frame_texts(texts: FrameTexts, video: VisualTokens) -> list[FrameText]:
+    """Ids of the text beside each frame, checked; an empty list where there is none."""
+    texts = [FrameText(*map(_ids, text)) for text in texts or ()]
+    shown = video.shown_frames or video.num_frames
+    if texts and len(texts) != shown:
+        raise ValueError(
+            f"{len(texts)} texts between frames were given for a video of {shown} frames (groups, where the backbone "
+            "merges frames); a prompt for as many frames as are shown has one for each"
+        )
+    return texts if any(len(ids) for text in texts for ids in text) else []
 
 
 def _ids(ids: Ids) -> Tensor:

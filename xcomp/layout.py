@@ -1,9 +1,11 @@
 """TokenLayout: which position of a sequence holds which frame's token. All index arithmetic lives here.
 
-A batch of sequences ``[prefix | video | suffix]`` is padded on the right. A layout says, for every position, the frame
-it belongs to, the slot it had within that frame when it entered the language model, and whether it is real. Dropping
-tokens is one selection: hidden states and layout are gathered with the same indices. Layouts stay on the CPU, so that
-planned dropping never makes an accelerator wait.
+A batch of sequences ``[prefix | video | suffix]`` is padded on the right. Within the video, text may stand before and
+behind every frame (time stamps, subtitles); it is text like any other, and knows the frame that it stands beside.
+
+A layout says, for every position, the frame it belongs to, the slot it had within that frame when it entered the
+language model, and whether it is real. Dropping tokens is one selection: hidden states and layout are gathered with the
+same indices. Layouts stay on the CPU, so that planned dropping never makes an accelerator wait.
 """
 
 from __future__ import annotations
@@ -20,9 +22,12 @@ from torch.nn.utils.rnn import pad_sequence
 from xcomp.visual import VisualTokens
 
 TEXT = -1  # frame, slot, place and group of text
+TextLengths = Sequence[tuple[int, int]]  # of each frame: tokens of text before and behind it
 
 # What a layout says of each position beside ``real``, and what it says of padding.
-_OF_EACH = {"frame": TEXT, "slot": TEXT, "place": TEXT, "group": TEXT, "size": 1.0, "position": 0}
+_OF_EACH = {
+    "frame": TEXT, "slot": TEXT, "place": TEXT, "group": TEXT, "size": 1.0, "position": 0, "beside": TEXT,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class TokenLayout:
     slot. ``size`` (B, S) is how many tokens a merged one stands for, None: one each; ``group`` (B, S) is what the
     compressor numbered them by, None: nothing. Under rules that keep positions,
     ``position`` (B, S) is each token's place in the sequence before anything left and ``following`` (B,) the next
-    text's; None: positions are the running count.
+    text's; None: positions are the running count. ``beside`` (B, S) is the frame before or behind which text between
+    frames stands, −1 for everything else; None: there is no such text.
     """
 
     frame: Tensor
@@ -47,6 +53,7 @@ class TokenLayout:
     group: Tensor | None = None
     position: Tensor | None = None
     following: Tensor | None = None
+    beside: Tensor | None = None
 
     @classmethod
     def text(cls, lengths: Sequence[int]) -> TokenLayout:
@@ -68,28 +75,47 @@ class TokenLayout:
         return cls(frame, slot, real, max((tokens for _, _, tokens, _ in parts), default=0))
 
     @classmethod
-    def of(cls, parts: Sequence[tuple[int, VisualTokens, int]]) -> TokenLayout:
-        """One ``(prefix length, visual tokens, suffix length)`` a sample; videos may have lost tokens anywhere."""
-        if all(visual.is_whole and visual.size is None and visual.group is None for _, visual, _ in parts):
+    def of(
+        cls, parts: Sequence[tuple[int, VisualTokens, int]], texts: Sequence[TextLengths | None] | None = None
+    ) -> TokenLayout:
+        """One ``(prefix length, visual tokens, suffix length)`` a sample; videos may have lost tokens anywhere.
+
+        ``texts``: of each sample the lengths of the text between its frames, as many as it had before a compressor
+        merged some (:func:`interleave`).
+        """
+        texts = [None] * len(parts) if texts is None else texts
+        whole = all(visual.is_whole and visual.size is None and visual.group is None for _, visual, _ in parts)
+        if whole and not any(texts):
             return cls.sequence([(p, v.num_frames, v.frame_tokens, s) for p, v, s in parts])
         frame_tokens = max(visual.frame_tokens for _, visual, _ in parts)
-        rows: dict[str, list[Tensor]] = {name: [] for name in ("frame", "slot", "place", "size", "group")}
+        rows: dict[str, list[Tensor]] = {name: [] for name in ("frame", "slot", "place", "size", "group", "beside")}
         lengths = []
-        for prefix, visual, suffix in parts:
-            frame = visual.frame.cpu()
-            counts = visual.counts().cpu()
+        for (prefix, visual, suffix), text in zip(parts, texts):
+            # Of a whole video this follows from its shape: nothing waits for an accelerator.
+            index = torch.arange(len(visual)) if visual.is_whole else visual.index.cpu()
+            frame, place = index // visual.frame_tokens, index % visual.frame_tokens
+            counts = torch.bincount(frame, minlength=visual.num_frames)
             rank = torch.arange(len(frame)) - (counts.cumsum(0) - counts)[frame]
             size = torch.ones(len(frame)) if visual.size is None else visual.size.float().cpu()
             group = torch.full_like(frame, TEXT) if visual.group is None else visual.group.cpu()
-            found = (frame, frame_tokens - counts[frame] + rank, visual.slot.cpu(), size, group)
+            slot = frame_tokens - counts[frame] + rank
+            order, beside = torch.arange(len(frame)), frame[:0]
+            if text:
+                order, beside = interleave(frame, visual.num_frames, text)
+            found = (frame, slot, place, size, group, torch.full_like(frame, TEXT))
             for name, values in zip(rows, found):
-                before, after = (values.new_full((n,), _OF_EACH[name]) for n in (prefix, suffix))
-                rows[name].append(torch.cat([before, values, after]))
-            lengths.append(prefix + len(frame) + suffix)
+                before, between, after = (values.new_full((n,), _OF_EACH[name]) for n in (prefix, len(beside), suffix))
+                between = beside if name == "beside" else between
+                rows[name].append(torch.cat([before, torch.cat([between, values])[order], after]))
+            lengths.append(prefix + len(order) + suffix)
         padded = {name: pad_sequence(rows[name], True, _OF_EACH[name]) for name in rows}
         for name in ("size", "group"):
             if all(getattr(visual, name) is None for _, visual, _ in parts):
                 padded[name] = None
+        if whole:
+            padded["place"] = None
+        if not any(texts):
+            padded["beside"] = None
         real = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
         return cls(real=real, frame_tokens=frame_tokens, **padded)
 
@@ -108,6 +134,25 @@ class TokenLayout:
     def sizes(self) -> Tensor:
         """(B, S) float: how many tokens each stands for."""
         return torch.ones(self.real.shape) if self.size is None else self.size
+
+    @cached_property
+    def between(self) -> Tensor:
+        """(B, S) bool: text that stands between the frames."""
+        return torch.zeros_like(self.real) if self.beside is None else self.beside != TEXT
+
+    @property
+    def owner(self) -> Tensor:
+        """(B, S) the frame that a visual token is of, or that text between frames stands beside; −1 for other text."""
+        return self.frame if self.beside is None else torch.maximum(self.frame, self.beside)
+
+    def text_lengths(self, row: int) -> TextLengths:
+        """Text between the frames of a sample whose frames are ascending, in tokens before and behind each."""
+        if self.beside is None:
+            return []
+        beside, started = self.beside[row], self.frame[row].cummax(0).values
+        text, count = self.between[row], int(self.owner[row].max()) + 1
+        parts = (text & (started < beside), text & (started >= beside))
+        return list(zip(*(torch.bincount(beside[part], minlength=count).tolist() for part in parts)))
 
     def with_positions(self) -> TokenLayout:
         """The same, but positions stay what they are now whatever leaves."""
@@ -172,7 +217,10 @@ class TokenLayout:
         return self._with(lambda values, name: values.gather(1, index).masked_fill(~real, _OF_EACH[name]), real=real)
 
     def window(self, spans: Sequence[tuple[int, int]]) -> TokenLayout:
-        """The positions of some spans (first, past the last) alone, frames counted from the first that is there."""
+        """The positions of some spans (first, past the last) alone, frames counted from the first that is there.
+
+        Text between frames counts as there: it keeps its frame's number even where the frame has lost all tokens.
+        """
 
         def cut(values: Tensor, name: str = "") -> Tensor:
             return torch.cat([values[:, a:b] for a, b in spans], 1)
@@ -185,19 +233,25 @@ class TokenLayout:
                     pieces.append(self.position[:, a:b] - self.position[:, a : a + 1] + start)
                     start = pieces[-1][:, -1:] + 1
             part = replace(part, position=torch.cat(pieces, 1))
-        first = part.frame.masked_fill(~part.visual, torch.iinfo(part.frame.dtype).max).amin(1, keepdim=True)
+        owner = part.owner
+        first = owner.masked_fill(owner == TEXT, torch.iinfo(owner.dtype).max).amin(1, keepdim=True)
+        if part.beside is not None:
+            part = replace(part, beside=torch.where(part.between, part.beside - first, part.beside))
         return replace(part, frame=torch.where(part.visual, part.frame - first, part.frame))
 
     def append(self, other: TokenLayout) -> TokenLayout:
         """This layout followed by another, as a cache grows; padding may then lie between them."""
         more = {"frame": other.frame, "slot": other.slot, "place": other.places, "size": other.sizes}
         more["group"] = torch.full_like(other.frame, TEXT) if other.group is None else other.group
+        more["beside"] = torch.full_like(other.frame, TEXT) if other.beside is None else other.beside
         following = self.following
         if following is not None:
             more["position"] = following.unsqueeze(1) + other.real.cumsum(1) - 1
             following = following + other.counts
         whole = self if other.place is None else replace(self, place=self.places)
         whole = whole if other.size is None else replace(whole, size=self.sizes)
+        if self.beside is None and other.beside is not None:
+            whole = replace(whole, beside=torch.full_like(self.frame, TEXT))
         return whole._with(
             lambda values, name: torch.cat([values, more[name].to(values.dtype)], 1),
             real=torch.cat([self.real, other.real], 1),
@@ -243,6 +297,32 @@ class TextBehind:
 
     all_visible = TokenLayout.all_visible
     causal_mask = TokenLayout.causal_mask
+
+
+def interleave(frame: Tensor, num_frames: int, texts: TextLengths) -> tuple[Tensor, Tensor]:
+    """How visual tokens of frames ``frame`` (M,), of ``num_frames``, and the text between them stand in one another.
+
+    ``texts`` are the lengths of each frame's text, L in all. Returns ``order`` (L + M,), places in ``[text | visual
+    tokens]``, and the frame that each text token stands beside (L,). No text is left out: that of a frame without
+    tokens stays, and where frames were merged, so that there are fewer than texts, their tokens stand with the first.
+    """
+    owner = torch.arange(len(texts)) * num_frames // len(texts)
+    parts = 3 * torch.arange(len(texts)).unsqueeze(1) + torch.tensor([0, 2])
+    text = parts.flatten().repeat_interleave(torch.tensor(texts).flatten())
+    visual = 3 * torch.searchsorted(owner, frame).clamp(max=len(texts) - 1) + 1
+    return torch.cat([text, visual]).argsort(stable=True), owner[text // 3]
+
+
+def merged_lengths(texts: TextLengths, num_frames: int) -> TextLengths:
+    """Lengths of the text beside each of ``num_frames``, to which the frames of ``texts`` were merged."""
+    if not texts or len(texts) == num_frames:
+        return texts
+    order, beside = interleave(torch.arange(num_frames), num_frames, texts)
+    text, behind = order < len(beside), (order >= len(beside)).cumsum(0)
+    lengths = [[0, 0] for _ in range(num_frames)]
+    for place, seen in zip(order[text].tolist(), behind[text].tolist()):
+        lengths[int(beside[place])][seen > int(beside[place])] += 1
+    return [(before, after) for before, after in lengths]
 
 
 def gather(hidden: Tensor, index: Tensor) -> Tensor:

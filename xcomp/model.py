@@ -195,6 +195,7 @@ class VideoQA(L.LightningModule):
             [s.text.prefix_ids for s in batch],
             suffixes,
             [len(s.text.labels) - f for s, f in zip(batch, first)],
+            [s.text.frame_texts for s in batch],
         )
         labels = torch.cat([s.text.labels[f:] for s, f in zip(batch, first)]).to(logits.device)
         right = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean()

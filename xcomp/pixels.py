@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,7 +33,9 @@ class PixelFormat:
 
     ``size`` is (h, w), or one number for a square; with ``shortest_edge`` it is one number, the length of the shorter
     side, and the aspect is kept. ``crop`` then cuts (h, w) from the centre. ``mean`` and ``std`` are for values in
-    0..1. Plain numbers, so that a process which decodes can resize without knowing the model.
+    0..1. With ``longest_edge`` a frame is first resized with its aspect kept, so that its longer side is of that length
+    (and its shorter one of an even length, as SmolVLM has it), then to ``size``. Plain numbers, so that a process which
+    decodes can resize without knowing the model.
     """
 
     size: int | tuple[int, int]
@@ -40,7 +43,8 @@ class PixelFormat:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     shortest_edge: bool = False
     crop: int | tuple[int, int] | None = None
-    resample: str = "bicubic"
+    resample: str = "bicubic"  # bilinear, bicubic, lanczos
+    longest_edge: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("size", "mean", "std", "crop"):  # lists, as JSON and YAML have them, are not hashable
@@ -58,9 +62,12 @@ class PixelFormat:
             ValueError: if frames are of another form, or the crop is larger than the resized picture.
         """
         _check_frames(frames)
-        resized = self._target_size(frames.shape[1:3])
+        images = frames.permute(0, 3, 1, 2)
+        if self.longest_edge is not None:
+            images = resize_uint8(images, longest_to(self.longest_edge, frames.shape[1:3]), self.resample)
+        resized = self._target_size(images.shape[2:])
         final = resized if self.crop is None else _check_crop(_pair(self.crop), resized)
-        return _center(resize_uint8(frames.permute(0, 3, 1, 2), resized, self.resample), final).contiguous()
+        return _center(resize_uint8(images, resized, self.resample), final).contiguous()
 
     def normalise(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """(T, 3, h, w) uint8 → the same normalised, of ``dtype``; computed in float32."""
@@ -94,10 +101,34 @@ class PixelFormat:
         return int(self.size * height / width), self.size
 
 
+def longest_to(edge: int, size: Sequence[int]) -> tuple[int, int]:
+    """(H, W) → (h, w) of the same aspect, the longer side ``edge``, the other rounded down and then up to an even."""
+    height, width = size
+    if width >= height:
+        short = int(edge / (width / height))
+        return max(short + short % 2, 1), edge
+    short = int(edge * (width / height))
+    return edge, max(short + short % 2, 1)
+
+
+@cache
+def _filter(resample: str) -> str:
+    """The filter, or bicubic in place of Lanczos' where this torch does not have it."""
+    if resample == "lanczos":
+        try:
+            interpolate(torch.zeros(1, 1, 4, 4), (2, 2), mode=resample, antialias=True)
+        except (NotImplementedError, ValueError):
+            return "bicubic"
+    return resample
+
+
 def resize_uint8(images: Tensor, size: tuple[int, int], resample: str = "bicubic") -> Tensor:
     """(T, 3, H, W) uint8 → (T, 3, h, w) uint8, antialiased, as Pillow resizes to within a level."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
+    resample = _filter(resample)
+    if resample == "lanczos" and images.device.type != "cpu":  # torch has it there only
+        return resize_uint8(images.cpu(), size, resample).to(images.device)
     if images.device.type in INTEGER_DEVICES:
         return interpolate(images, size, mode=resample, antialias=True)
     wide = interpolate(images.float(), (images.shape[2], size[1]), mode=resample, antialias=True)

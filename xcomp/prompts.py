@@ -6,6 +6,7 @@ A prompt is cut where the video stands: one token of the tokenizer, the placehol
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +93,20 @@ def check_token(tokenizer: Any, place: Any, token: str, wanted: int, key: str) -
             f"tokenizer '{place}' has the id {found} for {token}, config.json's {key} is {wanted}; "
             "give the tokenizer of this checkpoint"
         )
+
+
+def check_known(tokenizer: Any, place: Any, tokens: Sequence[str]) -> None:
+    """ValueError unless each of ``tokens`` is one token of the tokenizer in ``place``."""
+    if missing := [t for t in tokens if tokenizer(t, add_special_tokens=False).input_ids != [_id_of(tokenizer, t)]]:
+        raise ValueError(
+            f"tokenizer '{place}' does not know {', '.join(missing)} as one token; give the tokenizer of this "
+            "checkpoint"
+        )
+
+
+def _id_of(tokenizer: Any, token: str) -> int | None:
+    found = tokenizer.convert_tokens_to_ids(token)
+    return None if found == tokenizer.unk_token_id else found
 
 
 class Chat:

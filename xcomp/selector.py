@@ -88,7 +88,8 @@ class FrameSelector(nn.Module):
     ) -> Tensor:
         """Candidate frames (T, 3, h, w) as the backbone preprocessed them → scores (T,), higher is better.
 
-        ``question`` is the bare question, for selectors with a text tower of their own.
+        ``question`` is the bare question, for selectors with a text tower of their own. Text between the frames is in
+        the prompt alone: a selector that runs the language model on it defines ``score``.
         """
         raise NotImplementedError(f"{type(self).__name__} must define score_frames(...) or score(...)")
 

@@ -158,21 +158,22 @@ def _check_passes(
 ) -> None:
     """Two videos through the language model: alone, as a batch in both orders, token by token, and stored."""
     decoder, before, after = Decoder(backbone, rule), [p.prefix_ids for p in prompts], [p.suffix_ids for p in prompts]
-    alone = [decoder.prefill(*sample) for sample in zip(videos, before, after)]
-    for video, state, prefix, suffix in zip(videos, alone, before, after):
+    texts = [p.frame_texts for p in prompts]
+    alone = [decoder.prefill(*sample) for sample in zip(videos, before, after, texts)]
+    for video, state, prefix, suffix, text in zip(videos, alone, before, after, texts):
         watch.require(state.logits.isfinite().all(), "the logits of a pass must be finite")
-        again = decoder.prefill(video, prefix, suffix)
+        again = decoder.prefill(video, prefix, suffix, text)
         watch.require(same(again.logits, state.logits), "a pass must give the same when it is repeated")
-        step = decoder.decode(decoder.prefill(video, prefix, suffix[:-1]), suffix[-1:])
+        step = decoder.decode(decoder.prefill(video, prefix, suffix[:-1], text), suffix[-1:])
         stored = None
         with suppress(QuestionNeeded):
-            stored = decoder.prefill_video(video, prefix)
+            stored = decoder.prefill_video(video, prefix, text)
         if stored is not None:
             watch.require_close(step, state.logits, "decoding a token must give what a longer prefill gives")
             stored = decoder.extend(stored, suffix)
             watch.require_close(stored.logits, state.logits, "a question to a stored video must give what a pass gives")
     for order in ([0, 1], [1, 0]):
-        batch = decoder.prefill(*([values[i] for i in order] for values in (videos, before, after)))
+        batch = decoder.prefill(*([values[i] for i in order] for values in (videos, before, after, texts)))
         for row, i in enumerate(order):
             clause = "a batch must give what each sample gives alone (padding and order do not matter)"
             counts = [per_sample[row] for per_sample in batch.tokens_per_layer]
@@ -189,13 +190,14 @@ def check_backbone(plugin: Any, **options: Any) -> None:
     backbone: Backbone = watch.plugin.eval()
     with torch.no_grad():
         pixels, tokens = _check_vision(watch, backbone)
-        prompts = _check_prompts(watch, backbone)
+        _check_prompts(watch, backbone)
         with watch.guard("the language model, opened up,"):
-            _check_language_model(watch, backbone, tokens, prompts[0])
             videos = [tokens, tokens[: backbone.clip_frames // backbone.merged_frames]]
-            _check_passes(watch, backbone, Compressor(None), videos, prompts)
+            asked = [_prompt_of(backbone, text, video) for text, video in zip((QUESTION, "Why is that so?"), videos)]
+            _check_language_model(watch, backbone, tokens, asked[0])
+            _check_passes(watch, backbone, Compressor(None), videos, asked)
         _check_saving(watch, backbone, pixels, tokens)
-    _check_parts(watch, backbone, pixels, prompts[0])
+    _check_parts(watch, backbone, pixels, asked[0])
 
 
 def _check_vision(watch: Watch, backbone: Backbone) -> tuple[Tensor, Tensor]:
@@ -219,31 +221,56 @@ def _check_vision(watch: Watch, backbone: Backbone) -> tuple[Tensor, Tensor]:
     return pixels, tokens
 
 
-def _check_prompts(watch: Watch, backbone: Backbone) -> list[Prompt]:
-    videos = ShownVideo(8.0, 4, (1.0, 3.0, 5.0, 7.0)), ShownVideo(2.5, 2)
-    prompts = [watch.call("prompt", text, video) for text, video in zip((QUESTION, "Why is that so?"), videos)]
+def _prompt_of(backbone: Backbone, question: str, video: Tensor | VisualTokens) -> Prompt:
+    """The prompt for a video of as many frames as were encoded, two a second."""
+    groups = video.num_frames if isinstance(video, VisualTokens) else len(video)
+    frames = groups * backbone.merged_frames
+    return backbone.prompt(question, ShownVideo(frames / 2, frames, tuple(i / 2 for i in range(frames))))
+
+
+def _check_prompts(watch: Watch, backbone: Backbone) -> None:
+    merged = backbone.merged_frames
     most = backbone.language_model.embed_tokens.num_embeddings - 1
-    for ids in [*tensors_of(prompts), watch.call("follow_up", QUESTION)]:
-        right = ids.ndim == 1 and ids.dtype == torch.long and len(ids) and bool(((ids >= 0) & (ids <= most)).all())
-        watch.require(right, f"prompt() and follow_up() must give 1-D long ids, 0..{most}, at least one, not {ids}")
-    for part, equal in (("prefix_ids", True), ("question_ids", False), ("header_ids", True)):
-        found = torch.equal(*(getattr(p, part) for p in prompts))
-        watch.require(found == equal, f"prompt().{part} must {'not ' if equal else ''}depend on the question")
+    for shown in (
+        ShownVideo(4.0 * merged, 4 * merged, tuple(map(float, range(4 * merged)))),
+        ShownVideo(2.5, 2 * merged),
+    ):
+        prompts = [watch.call("prompt", text, shown) for text in (QUESTION, "Why is that so?")]
+        parts = [ids for p in prompts for ids in (p.prefix_ids, p.question_ids, p.header_ids)]
+        between = tensors_of([p.frame_texts for p in prompts])
+        for ids in [*parts, *between, watch.call("follow_up", QUESTION)]:
+            right = ids.ndim == 1 and ids.dtype == torch.long and bool(((ids >= 0) & (ids <= most)).all())
+            clause = f"prompt() and follow_up() must give 1-D long ids, 0..{most}, at least one, not {ids}"
+            watch.require(right and (len(ids) or any(ids is text for text in between)), clause)
+        for part, equal in (("prefix_ids", True), ("question_ids", False), ("header_ids", True)):
+            found = torch.equal(*(getattr(p, part) for p in prompts))
+            watch.require(found == equal, f"prompt().{part} must {'not ' if equal else ''}depend on the question")
+        texts = [p.frame_texts for p in prompts]
+        watch.require(same(*texts), "prompt().frame_texts must not depend on the question")
+        groups = shown.num_frames // merged
+        right = texts[0] is None or (len(texts[0]) == groups and all(len(text) == 2 for text in texts[0]))
+        clause = f"prompt().frame_texts must be None or a (before, behind) for each of the {groups} frames"
+        watch.require(right, clause)
     stop = backbone.stop_ids
     watch.require(stop and all(isinstance(i, int) for i in stop), f"stop_ids must hold at least one id, not {stop}")
-    return prompts
 
 
 def _check_language_model(watch: Watch, backbone: Backbone, tokens: Tensor, prompt: Prompt) -> None:
     prefix, suffix = (backbone.embed(ids.to(backbone.device)) for ids in (prompt.prefix_ids, prompt.suffix_ids))
-    embedded = [prefix, tokens.flatten(0, 1), suffix]
-    layout = TokenLayout.sequence([(len(prompt.prefix_ids), *tokens.shape[:2], len(prompt.suffix_ids))])
+    embedded = [prefix]
+    for number, frame in enumerate(tokens):
+        texts = prompt.frame_texts[number] if prompt.frame_texts else (prompt.prefix_ids[:0],) * 2
+        before, behind = (backbone.embed(ids.to(backbone.device)) for ids in texts)
+        embedded += [before, frame, behind]
+    embedded.append(suffix)
+    part = len(prompt.prefix_ids), VisualTokens.from_frames(tokens), len(prompt.suffix_ids)
+    layout = TokenLayout.of([part], [prompt.text_lengths])
     hidden = backbone.language_model(
         inputs_embeds=torch.cat(embedded)[None],
         position_ids=backbone.positions(layout).to(backbone.device),
         use_cache=False,
     ).last_hidden_state
-    ours = Decoder(backbone).prefill(tokens, prompt.prefix_ids, prompt.suffix_ids).logits
+    ours = Decoder(backbone).prefill(tokens, prompt.prefix_ids, prompt.suffix_ids, prompt.frame_texts).logits
     clause = "the opened-up layers must compute what the model's own forward does"
     watch.require_close(ours, backbone.lm_head(hidden[:, -1]), clause)
 
@@ -255,7 +282,8 @@ def _check_parts(watch: Watch, backbone: Backbone, pixels: Tensor, prompt: Promp
     watch.require(set(parts) == PARTS, f"parts() must name {', '.join(sorted(PARTS))}, not {', '.join(parts)}")
     backbone.zero_grad()
     with watch.guard("training"):
-        logits = Decoder(backbone).logits(backbone.encode(pixels), prompt.prefix_ids, prompt.suffix_ids, [4])
+        tokens, ids = backbone.encode(pixels), (prompt.prefix_ids, prompt.suffix_ids)
+        logits = Decoder(backbone).logits(tokens, *ids, [4], prompt.frame_texts)
         logits.float().square().mean().backward()
     for name, owned in parameters.items():
         reached = not owned or any(p.grad is not None and bool(p.grad.any()) for p in owned)
@@ -314,7 +342,7 @@ def check_compressor(plugin: Any, *, backbone: Backbone | None = None, **options
     with torch.no_grad():
         pixels = [_pixels(backbone, _frames(n * backbone.clip_frames)) for n in (1, 6)]
         videos = [backbone.visual(p, watch.plugin.needs) for p in pixels]
-        prompts = [backbone.prompt(text, ShownVideo(8.0, v.num_frames)) for text, v in zip(("Why?", QUESTION), videos)]
+        prompts = [_prompt_of(backbone, text, video) for text, video in zip(("Why?", QUESTION), videos)]
         for video, prompt in zip(videos, prompts):
             width = _check_compressed(watch, backbone, video, prompt)
             planned = watch.call("plan", backbone.num_layers, width)
@@ -323,7 +351,8 @@ def check_compressor(plugin: Any, *, backbone: Backbone | None = None, **options
                     check_plan(planned, backbone.num_layers, width, "it")
         with watch.guard("a pass through the language model"):
             _check_passes(watch, backbone, _Watched(watch), videos, prompts)
-            state = Decoder(backbone, watch.plugin).prefill(videos[1], prompts[1].prefix_ids, prompts[1].suffix_ids)
+            ids = prompts[1].prefix_ids, prompts[1].suffix_ids, prompts[1].frame_texts
+            state = Decoder(backbone, watch.plugin).prefill(videos[1], *ids)
     counts = state.tokens_per_layer
     falls = all(a >= b >= 1 for a, b in zip(counts, counts[1:]))
     watch.require(falls, f"the tokens of a video must never grow from layer to layer, but are {counts}")
@@ -355,7 +384,8 @@ def _check_gradient(watch: Watch, backbone: Backbone, video: VisualTokens, promp
     tokens = video.tokens.clone().requires_grad_()
     video = dataclasses.replace(video, tokens=tokens)
     with watch.guard("training"):
-        logits = Decoder(backbone, watch.plugin).logits(video, prompt.prefix_ids, prompt.suffix_ids, [2])
+        ids = prompt.prefix_ids, prompt.suffix_ids, [2], prompt.frame_texts
+        logits = Decoder(backbone, watch.plugin).logits(video, *ids)
         logits.float().square().mean().backward()
     flows = tokens.grad is not None and bool(tokens.grad.isfinite().all()) and bool(tokens.grad.any())
     watch.require(flows, "a gradient must flow from the logits through the compressor to the visual tokens")

@@ -45,6 +45,7 @@ class VisualTokens:
     tower: Mapping[str, Tensor] = field(default_factory=dict)
     compressed: bool = False  # whether a run's compressor has been asked
     group: Tensor | None = None
+    shown_frames: int | None = None  # frames before the compressor merged some; None: num_frames
 
     @classmethod
     def from_frames(

@@ -270,7 +270,7 @@ BROKEN = {
     "own shapes": (edit(NUMBERS, lambda c: c.update(do_center_crop=False)), "keep a picture's own shape"),
     "no resizing": (edit(NUMBERS, lambda c: c.update(do_resize=False)), "keep a picture's own shape"),
     "odd size": (edit(NUMBERS, lambda c: c.update(size={"longest_edge": 3})), "size is {'longest_edge': 3}; it must"),
-    "other resampling": (edit(NUMBERS, lambda c: c.update(resample=1)), r"resample is 1; it must be 2 \(bilinear\)"),
+    "other resampling": (edit(NUMBERS, lambda c: c.update(resample=4)), r"resample is 4; it must be 1 \(lanczos\)"),
 }
 
 

@@ -588,8 +588,8 @@ BROKEN = {
     "shape": (edit_tensors(lambda t: t.update({NORM: torch.zeros(31)})), r"norm.weight is \[31\], should be \[32\]"),
     "quantised": (edit_tensors(lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int8)})), f"{NORM} is I8"),
     "other resampling": (
-        edit("video_preprocessor_config.json", lambda c: c.update(resample=1)),
-        r"resample is 1; it must be 2 \(bilinear\)",
+        edit("video_preprocessor_config.json", lambda c: c.update(resample=4)),
+        r"resample is 4; it must be 1 \(lanczos\)",
     ),
 }  # fmt: skip
 
@@ -663,6 +663,14 @@ def test_a_video_that_is_too_long_is_told_in_frames(words):
     room = (200 - len(prompt.prefix_ids) - len(prompt.suffix_ids)) // 12 * 2
     with pytest.raises(ValueError, match=f"60 frames make a sequence of .*at most {room} frames fit"):
         Decoder(model).prefill(model.encode(video(60)), prompt.prefix_ids, prompt.suffix_ids)
+
+
+def test_text_between_frames_has_no_place_and_is_refused(words):
+    model = build(tokenizer=words)
+    prompt = model.prompt("Why?", SHOWN)
+    texts = [(prompt.prefix_ids[:1], prompt.prefix_ids[:0])] * 2
+    with pytest.raises(ValueError, match="without text between their frames"):
+        Decoder(model).prefill(model.encode(video(4)), prompt.prefix_ids, prompt.suffix_ids, texts)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,10 @@ def test_an_override_of_the_device_reaches_every_arm_of_the_demo():
         assert arm.backbone == {**before.backbone, "device": "cuda", "dtype": "bfloat16"}
 
 
-@pytest.mark.parametrize("name", ["videochat_flash_2b/compare", "llava_next_video_7b/compare", "qwen2_5_vl_7b/compare"])
+SHIPPED = ["videochat_flash_2b", "llava_next_video_7b", "qwen2_5_vl_7b", "smolvlm2_2b"]
+
+
+@pytest.mark.parametrize("name", [f"{folder}/compare" for folder in SHIPPED])
 def test_every_arm_of_a_shipped_comparison_can_be_put_elsewhere(name):
     assert {arm.backbone["device"] for arm in resolve_arms(load_config(name))} == {"cuda"}
     assert {arm.backbone["device"] for arm in resolve_arms(load_config(name, ["backbone.device=cpu"]))} == {"cpu"}

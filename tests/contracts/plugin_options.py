@@ -8,12 +8,17 @@ from typing import Any
 
 import tiny_llava
 import tiny_qwen
+import tiny_smolvlm
 from conftest import ARCHITECTURE
 from tiny_clip import save_tiny_clip
 
 from xcomp.registry import plugins
 
-TINY = {"llava_next_video": (tiny_llava, {}), "qwen2_5_vl": (tiny_qwen, tiny_qwen.SIZE)}
+TINY = {
+    "llava_next_video": (tiny_llava, {}),
+    "qwen2_5_vl": (tiny_qwen, tiny_qwen.SIZE),
+    "smolvlm": (tiny_smolvlm, {}),
+}
 
 
 def names_of(kind: str) -> list[str]:

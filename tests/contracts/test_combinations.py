@@ -70,17 +70,19 @@ def test_every_backbone_answers_under_every_compressor(backbone, compressor, bac
         return
     decoder = xcomp.Decoder(model, rule)
     tokens = [model.visual(model.preprocess(frames).to(model.device), rule.needs) for frames in videos[backbone]]
-    prompts = [model.prompt(text, ShownVideo(4.0, v.num_frames)) for text, v in zip(("Why?", QUESTION), tokens)]
-    before, after = [p.prefix_ids for p in prompts], [p.suffix_ids for p in prompts]
-    batch = decoder.prefill(tokens, before, after)
-    for row, sample in enumerate(zip(tokens, before, after)):
+    shown = [ShownVideo(4.0, v.num_frames * model.merged_frames) for v in tokens]
+    prompts = [model.prompt(text, video) for text, video in zip(("Why?", QUESTION), shown)]
+    parts = [[getattr(p, part) for p in prompts] for part in ("prefix_ids", "suffix_ids", "frame_texts")]
+    batch = decoder.prefill(tokens, *parts)
+    for row, sample in enumerate(zip(tokens, *parts)):
         alone = decoder.prefill(*sample)
         counts = alone.tokens_per_layer
         assert len(counts) == model.num_layers and all(a >= b >= 1 for a, b in zip(counts, counts[1:]))
         assert counts == [of_layer[row] for of_layer in batch.tokens_per_layer]
         assert relative_error(batch.logits[row], alone.logits[0]) < TOLERANCE[dtype]
         with suppress(QuestionNeeded):
-            stored = decoder.extend(decoder.prefill_video(*sample[:2]), sample[2])
+            video, prefix, suffix, texts = sample
+            stored = decoder.extend(decoder.prefill_video(video, prefix, texts), suffix)
             assert relative_error(stored.logits, alone.logits) < TOLERANCE[dtype]
         assert len(decoder.generate(alone, max_new_tokens=2)) == 1
 

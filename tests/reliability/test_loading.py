@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import tiny_llava
 import tiny_qwen
+import tiny_smolvlm
 import torch
 from damage import cut, drop_tensors, edit, edit_tensors
 from safetensors.torch import load_file, save_file
@@ -29,8 +30,8 @@ import xcomp
 from xcomp.checkpoint import one_line, within
 from xcomp.cli import main
 
-FLASH, LLAVA, QWEN, CLIP = "videochat_flash", "llava_next_video", "qwen2_5_vl", "clip_similarity"
-PLUGINS = (FLASH, LLAVA, QWEN, CLIP)
+FLASH, LLAVA, QWEN, SMOL, CLIP = "videochat_flash", "llava_next_video", "qwen2_5_vl", "smolvlm", "clip_similarity"
+PLUGINS = (FLASH, LLAVA, QWEN, SMOL, CLIP)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,9 @@ def sound(tmp_path_factory, tiny_checkpoint):
         xcomp.load_backbone(LLAVA, **options).save_pretrained(str(place / LLAVA))
         options = {"architecture": tiny_qwen.architecture(), "tokenizer": tiny_qwen.save_tokenizer(place / "more")}
         xcomp.load_backbone(QWEN, **options, **tiny_qwen.SIZE).save_pretrained(str(place / QWEN))
+        words = tiny_smolvlm.save_tokenizer(place / "small")
+        smol = xcomp.load_backbone(SMOL, architecture=tiny_smolvlm.architecture(), tokenizer=words)
+        smol.save_pretrained(str(place / SMOL))
     save_tiny_clip(place / CLIP)
     shutil.copytree(tiny_checkpoint, place / FLASH)
     return place
@@ -100,7 +104,7 @@ def test_one_number_that_is_not_finite_is_refused(plugin, value, damaged, sound)
     assert "1 tensors hold NaN or infinite numbers in float32: " in text and f"{end}; copy the weights" in text
 
 
-@pytest.mark.parametrize("plugin", [FLASH, LLAVA, QWEN])
+@pytest.mark.parametrize("plugin", [FLASH, LLAVA, QWEN, SMOL])
 def test_a_number_beyond_the_type_it_is_read_in_is_refused(plugin, damaged):
     folder = damaged(plugin, one_number(1e30))
     load(plugin, folder)
@@ -109,7 +113,7 @@ def test_a_number_beyond_the_type_it_is_read_in_is_refused(plugin, damaged):
 
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_tensors_that_lack_are_not_made_up(plugin, damaged, sound):
-    part = {FLASH: "layers.", LLAVA: "vision_tower", QWEN: "visual", CLIP: "bias"}[plugin]
+    part = {FLASH: "layers.", LLAVA: "vision_tower", QWEN: "visual", SMOL: "vision_model", CLIP: "bias"}[plugin]
     count = sum(part in name for name in load_file(sound / plugin / "model.safetensors"))
     text = refusal(plugin, damaged(plugin, drop_tensors(part)))
     assert f"{count} tensors do not fit its config.json: missing " in text and count > 20 and "; and " in text
@@ -250,7 +254,7 @@ def test_what_config_json_cannot_say(plugin, changes, message, damaged):
 ROPE = {"rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 
 
-@pytest.mark.parametrize("plugin", [FLASH, LLAVA, QWEN])
+@pytest.mark.parametrize("plugin", [FLASH, LLAVA, QWEN, SMOL])
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -263,7 +267,7 @@ ROPE = {"rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     ],
 )
 def test_what_config_json_cannot_say_of_a_language_model(plugin, changes, message, damaged):
-    if plugin == LLAVA and "sliding_window" in changes:
+    if plugin in (LLAVA, SMOL) and "sliding_window" in changes:
         changes = {"model_type": "mistral", "sliding_window": 64}  # Llama has none
     assert message in refusal(plugin, damaged(plugin, text_value(plugin, **changes)))
 
@@ -364,7 +368,7 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(damaged):
     assert "holds no vocabulary" in refusal(FLASH, folder)
 
 
-@pytest.mark.parametrize("plugin", [FLASH, LLAVA, QWEN])
+@pytest.mark.parametrize("plugin", [FLASH, LLAVA, QWEN, SMOL])
 def test_a_tokenizer_of_another_model_is_refused(plugin, damaged, sound, tmp_path):
     words = json.loads((sound / FLASH / "tokenizer.json").read_text())
     words["model"]["vocab"]["far"] = 10**6
@@ -375,14 +379,14 @@ def test_a_tokenizer_of_another_model_is_refused(plugin, damaged, sound, tmp_pat
         load(plugin, sound / plugin, tokenizer=str(other))
 
 
-@pytest.mark.parametrize("plugin", [LLAVA, QWEN])
+@pytest.mark.parametrize("plugin", [LLAVA, QWEN, SMOL])
 @pytest.mark.parametrize("ids", ["x", -1, 1e30, [1, "x"], {"a": 1}, 10**30])
 def test_what_ends_an_answer_must_be_ids(plugin, ids, damaged):
     damage = edit("generation_config.json", lambda c: c.update(eos_token_id=ids))
     assert "eos_token_id" in refusal(plugin, damaged(plugin, damage))
 
 
-@pytest.mark.parametrize("plugin", [LLAVA, QWEN, CLIP])
+@pytest.mark.parametrize("plugin", [LLAVA, QWEN, SMOL, CLIP])
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -390,7 +394,7 @@ def test_what_ends_an_answer_must_be_ids(plugin, ids, damaged):
         ({"image_mean": "grey"}, "image_mean is 'grey'; it must be 3 numbers"),
         ({"image_std": [0, 0, 0]}, "image_std is [0, 0, 0]; it must be 3 numbers of 1e-06"),
         ({"rescale_factor": -1}, "rescale_factor is -1; it must be a number"),
-        ({"resample": [3]}, "resample is [3]; it must be 2 (bilinear) or 3 (bicubic)"),
+        ({"resample": [3]}, "resample is [3]; it must be 1 (lanczos), 2 (bilinear) or 3 (bicubic)"),
     ],
 )
 def test_numbers_of_pixels_that_cannot_be(plugin, changes, message, damaged):

@@ -5,149 +5,18 @@ import math
 import pytest
 import torch
 from conftest import relative_error
+from slow_scores import slow_clip_scores, slow_frame_scores
 from xcomp.selectors.qc_comp import QCComp, chunk_starts, window_clips
 
 import xcomp
+from xcomp.backbone import FrameText, Prompt
+from xcomp.selector import FrameQuery
+from xcomp.testing import video_of
 from xcomp.tiny import TinyBackbone
 
 PREFIX, HEADER = torch.tensor([5, 6, 7]), torch.tensor([4, 5])
 QUESTION = torch.tensor([20, 31, 42, 53, 64, 75, 86, 11, 12, 13])
 SMALL = dict(clip_frames=2, window_clips=4, window_stride=2, query_bias=3)
-
-
-# --- the slow version -------------------------------------------------------------------------------------------------
-
-
-def turn(x, positions, theta):
-    """RoPE, position by position: (S, H, K)."""
-    out, half = torch.empty_like(x), x.shape[-1] // 2
-    for row, position in enumerate(positions):
-        for i in range(half):
-            angle = position * theta ** (-2 * i / (2 * half))
-            cos, sin = math.cos(angle), math.sin(angle)
-            a, b = x[row, :, i], x[row, :, half + i]
-            out[row, :, i], out[row, :, half + i] = a * cos - b * sin, b * cos + a * sin
-    return out
-
-
-def attention_of(backbone, layer, hidden):
-    """Probabilities (H, S, S) of a layer for a sequence numbered 0, 1, 2, …, and the values. No mask is applied."""
-    block = backbone.language_model.layers[layer]
-    attention, normed = block.self_attn, block.input_layernorm(hidden)
-    theta = backbone.text_config.rope_parameters["rope_theta"]
-
-    def heads(projection, norm):
-        x = projection(normed).unflatten(-1, (-1, attention.head_dim))
-        x = getattr(attention, norm)(x) if hasattr(attention, norm) else x
-        return turn(x, range(len(hidden)), theta)
-
-    queries, keys = heads(attention.q_proj, "q_norm"), heads(attention.k_proj, "k_norm")
-    values = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim))
-    group = queries.shape[1] // keys.shape[1]
-    logits = [queries[:, h] @ keys[:, h // group].T / math.sqrt(attention.head_dim) for h in range(queries.shape[1])]
-    return torch.stack(logits), [values[:, h // group] for h in range(queries.shape[1])]
-
-
-def forward(backbone, layer, hidden):
-    logits, values = attention_of(backbone, layer, hidden)
-    causal = torch.ones(len(hidden), len(hidden)).tril().bool()
-    weights = logits.masked_fill(~causal, -math.inf).softmax(-1)
-    attended = torch.cat([weights[h] @ values[h] for h in range(len(weights))], -1)
-    block = backbone.language_model.layers[layer]
-    hidden = hidden + block.self_attn.o_proj(attended)
-    return hidden + block.mlp(block.post_attention_layernorm(hidden))
-
-
-def score_of_clips(backbone, layer, hidden, cells, clips, config, num_rows, num_keys):
-    """Scores of ``clips`` in a sequence of the positions in ``cells``: (where, clip or None, is it a question row)."""
-    where = [place for place, _, _ in cells]
-    logits, _ = attention_of(backbone, layer, hidden[where])
-    if config.causal:
-        logits = logits.masked_fill(~torch.ones(len(where), len(where)).tril().bool(), -math.inf)
-    rows = [i for i, (_, _, asks) in enumerate(cells) if asks]
-    assert len(rows) == num_rows and len(cells) == num_keys
-    weights = logits.softmax(-1)[:, rows].mean((0, 1))
-    scores = {}
-    for clip in clips:
-        own = [weights[i].item() for i, (_, c, _) in enumerate(cells) if c == clip]
-        scores[clip] = sum(own) / len(own) if own else 0.0
-    return scores
-
-
-def windows_of(num_clips, size, stride):
-    """Every ``stride`` clips a window, as long as it fits; one more at the end if clips are left over."""
-    found = [list(range(s, s + size)) for s in range(0, num_clips, stride) if s + size <= num_clips]
-    if num_clips <= size:
-        return [list(range(num_clips))]
-    if found[-1][-1] != num_clips - 1:
-        found.append(list(range(num_clips - size, num_clips)))
-    return found
-
-
-@torch.no_grad()
-def slow_clip_scores(selector, backbone, tokens, prefix, question, header, rule=None):
-    """(L, clips); NaN for what is discarded."""
-    config, rule = selector.config, rule or xcomp.Compressor(None)
-    num_clips = math.ceil(len(tokens) / config.clip_frames)
-    visual = rule.before_llm(tokens)
-    frames, width, _ = visual.shape
-    plan = rule.plan(backbone.num_layers, width)
-    hidden = torch.cat([backbone.embed(prefix), visual.flatten(0, 1), backbone.embed(torch.cat([question, header]))])
-    kinds = [("prefix", None, None)] * len(prefix)
-    kinds += [("video", frame, slot) for frame in range(frames) for slot in range(width)]
-    kinds += [("skipped" if i < config.query_bias else "question", None, None) for i in range(len(question))]
-    kinds += [("header", None, None)] * len(header)
-    scores = torch.full((backbone.num_layers, num_clips), math.nan)
-    for layer in range(backbone.num_layers):
-        if plan is not None:
-            kept = [i for i, (kind, _, slot) in enumerate(kinds) if kind != "video" or slot in plan[layer]]
-            hidden, kinds = hidden[kept], [kinds[i] for i in kept]
-        # A frame of the language model may stand for several of the video: the clip is that of its first.
-        clips = [None if f is None else int(f * len(tokens) / frames) // config.clip_frames for _, f, _ in kinds]
-        cells = [(i, clip, kind == "question") for i, ((kind, _, _), clip) in enumerate(zip(kinds, clips))]
-        rows = len(question) - config.query_bias
-        if config.variant == "global":
-            found = score_of_clips(backbone, layer, hidden, cells, range(num_clips), config, rows, len(kinds))
-            scores[layer] = torch.tensor([found[clip] for clip in range(num_clips)])
-        else:
-            cells = [cell for cell, (kind, _, _) in zip(cells, kinds) if kind != "header"]
-            collected = [[] for _ in range(num_clips)]
-            for window in windows_of(num_clips, config.window_clips, config.window_stride):
-                inside = [cell for cell in cells if cell[1] is None or cell[1] in window]
-                found = score_of_clips(backbone, layer, hidden, inside, window, config, rows, len(inside))
-                for clip in window:
-                    collected[clip].append(found[clip])
-            needed = min(config.window_clips // config.window_stride, max(map(len, collected)))
-            for clip, values in enumerate(collected):
-                if len(values) >= needed:
-                    scores[layer, clip] = sum(values) / len(values)
-        hidden = forward(backbone, layer, hidden)
-        if plan is None:
-            gone = rule.gone(layer, hidden, kinds)
-            kept = [i for i in range(len(kinds)) if i not in gone]
-            hidden, kinds = hidden[kept], [kinds[i] for i in kept]
-    return scores
-
-
-@torch.no_grad()
-def slow_frame_scores(selector, backbone, pixels, *ids, rule=None):
-    """One chunk after the other, each encoded and scored anew."""
-    config, num_frames = selector.config, len(pixels)
-    stride = min(config.chunk_frames, math.ceil(num_frames / config.clip_frames) * config.clip_frames)
-    margin = 0 if config.variant == "global" else (config.window_clips - config.window_stride) * config.clip_frames
-    layers = selector.layers(backbone.num_layers)
-    found = [[[] for _ in range(num_frames)] for _ in layers]
-    for turn_number in range(config.n_repeat):
-        for chunk in range(math.ceil(num_frames / stride)):
-            start = turn_number * (config.clip_frames // config.n_repeat) + turn_number * (stride // config.n_repeat)
-            frames = [(start + chunk * stride + i) % num_frames for i in range(stride + 2 * margin)]
-            scores = slow_clip_scores(selector, backbone, backbone.encode(pixels[frames]), *ids, rule)
-            for row, layer in enumerate(layers):
-                for i, frame in enumerate(frames):
-                    score = scores[layer, i // config.clip_frames].item()
-                    if not math.isnan(score):
-                        found[row][frame].append(score)
-    return torch.tensor([sum(sum(row[f]) / len(row[f]) for row in found) for f in range(num_frames)])
 
 
 class ClipBackbone(TinyBackbone):
@@ -284,6 +153,46 @@ def test_rules_that_merge_frames_or_look_at_the_data(rule, variant):
     tokens = backbone.encode(pixels_of(12)).detach()
     ours = selector.clip_scores(backbone, tokens, PREFIX, QUESTION, HEADER, compressor=rule)
     assert_equal_scores(ours, slow_clip_scores(selector, backbone, tokens, PREFIX, QUESTION, HEADER, rule))
+
+
+def texts_of(frames, seed=4):
+    """Text of unequal length before and behind each frame."""
+    noise = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 4, (frames, 2), generator=noise).tolist()
+    return [FrameText(*(torch.randint(0, 97, (n,), generator=noise) for n in pair)) for pair in lengths]
+
+
+@pytest.mark.parametrize("frames", [11, 18])
+@pytest.mark.parametrize("variant", ["segmented", "global"])
+@pytest.mark.parametrize("rule", ["none", "lp_comp", PairsOfFrames(None), EveryThirdPosition(None)], ids=str)
+def test_text_between_frames_stands_in_its_frames_windows(rule, variant, frames):
+    backbone, rule = backbone_of(), xcomp.load_compressor(rule) if isinstance(rule, str) else rule
+    frames -= frames % 2 if isinstance(rule, PairsOfFrames) else 0
+    selector = xcomp.load_selector("qc_comp", variant=variant, **SMALL)
+    tokens, texts, ids = backbone.encode(pixels_of(frames)).detach(), texts_of(frames), (PREFIX, QUESTION, HEADER)
+    ours = selector.clip_scores(backbone, tokens, *ids, compressor=rule, frame_texts=texts)
+    assert_equal_scores(ours, slow_clip_scores(selector, backbone, tokens, *ids, rule, texts))
+    without = selector.clip_scores(backbone, tokens, *ids, compressor=rule)
+    assert relative_error(ours.nan_to_num(), without.nan_to_num()) > 1e-2
+
+
+@pytest.mark.parametrize("frames", [4, 22])
+def test_frame_scores_with_text_between_frames(frames):
+    """Chunks have the text of their own frames, from ``score_frames`` and from the prompt of all candidates."""
+    backbone = backbone_of(layers=2, tokens=2, kind=ClipBackbone)
+    selector = xcomp.load_selector("qc_comp", chunk_frames=8, **SMALL)
+    pictures = torch.randint(0, 256, (frames, 2, 2, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    pixels, rule = backbone.preprocess(pictures), xcomp.load_compressor("lp_comp")
+    ids, texts = (PREFIX, QUESTION, HEADER), texts_of(frames)
+    theirs = slow_frame_scores(selector, backbone, pixels, *ids, rule=rule, texts=texts)
+    ours = selector.score_frames(backbone, pixels, *ids, compressor=rule, frame_texts=texts)
+    assert_equal_scores(ours, theirs)
+    queries = [FrameQuery("", Prompt(PREFIX, question, HEADER, tuple(texts))) for question in (QUESTION, QUESTION[:7])]
+    with video_of(pictures, backbone, keep_states=True) as video:
+        scored = selector.score(video, queries, rule)
+        assert_equal_scores(scored[0], theirs)
+        other = [FrameQuery("", Prompt(PREFIX, QUESTION, HEADER))]  # the stored chunks have another text
+        assert relative_error(selector.score(video, other, rule)[0], theirs) > 1e-2
 
 
 def test_a_clip_without_tokens_scores_zero():

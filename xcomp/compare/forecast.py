@@ -29,6 +29,7 @@ from xcomp.config import ConfigError, RunConfig, build_component, split_componen
 from xcomp.contract import check_questions, name_of
 from xcomp.cost import LLMShape, appended_layers, paper_layers, pass_cost, planned_layers
 from xcomp.decoding import DecodingPool, VideoInfo
+from xcomp.layout import merged_lengths
 from xcomp.registry import configure
 from xcomp.schedule import keep_slots, token_counts
 from xcomp.selector import FrameQuery
@@ -97,9 +98,10 @@ def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -
     if plan is None:
         found.notes.append("tokens depend on the data: counted as if none were dropped")
         plan = [tuple(range(visual.frame_tokens))] * backbone.num_layers
-    layers = planned_layers(plan, visual.num_frames, prefix, drop_early=answerer.decoder.drop_early)
+    texts = merged_lengths(prompt.text_lengths, visual.num_frames)
+    layers = planned_layers(plan, visual.num_frames, prefix, drop_early=answerer.decoder.drop_early, texts=texts)
     stored = [layer.keys for layer in layers]
-    found.tokens_per_layer = [keys - prefix for keys in stored]
+    found.tokens_per_layer = [visual.num_frames * len(slots) for slots in plan]
     question = appended_layers(stored, suffix)
     prefill, asked = (
         pass_cost(shape, layers, kv_value_bytes=size),

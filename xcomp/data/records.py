@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xcomp.backbone import Backbone, ShownVideo
+from xcomp.backbone import Backbone, FrameText, ShownVideo
 from xcomp.config import ConfigError, build_component
 from xcomp.messages import nearest
 
@@ -34,11 +34,15 @@ class Conversation:
 
 @dataclass(frozen=True)
 class TokenisedConversation:
-    """``prefix | video | suffix`` with labels for the suffix: −100 where nothing is to be learnt."""
+    """``prefix | video | suffix`` with labels for the suffix: −100 where nothing is to be learnt.
+
+    ``frame_texts``: text between the video's frames, as in :class:`xcomp.backbone.Prompt`.
+    """
 
     prefix_ids: Tensor
     suffix_ids: Tensor
     labels: Tensor
+    frame_texts: tuple[FrameText, ...] | None = None
 
 
 def load_conversations(
@@ -146,4 +150,4 @@ def tokenise(backbone: Backbone, conversation: Conversation, video: ShownVideo) 
         ids.append(backbone.follow_up(question))
         labels.append(torch.full_like(ids[-1], IGNORED))
         add(answer)
-    return TokenisedConversation(prompt.prefix_ids, torch.cat(ids), torch.cat(labels))
+    return TokenisedConversation(prompt.prefix_ids, torch.cat(ids), torch.cat(labels), prompt.frame_texts)

@@ -56,7 +56,10 @@ class Skeleton(Backbone):
         return self.projector(pixels.to(self.device, self.dtype)).flatten(2).transpose(1, 2)
 
     def prompt(self, question: str, video: ShownVideo) -> Prompt:
-        """1-D token ids around the video: prefix | video | question | header. Only the second knows the question."""
+        """1-D token ids around the video: prefix | video | question | header. Only the second knows the question.
+
+        A model that writes something between frames gives it as a fourth, ``frame_texts`` (see Prompt).
+        """
         return Prompt(self._ids("Video: "), self._ids(f" {question} "), self._ids("Answer: "))
 
     def follow_up(self, question: str) -> Tensor:
