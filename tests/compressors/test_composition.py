@@ -8,7 +8,7 @@ import torch
 import yaml
 from conftest import relative_error
 from contracts.plugin_options import backbone_options, names_of
-from slow_pass import slow_pass
+from slow_rules import slow_pass
 
 import xcomp.compressor
 import xcomp.registry

@@ -8,7 +8,7 @@ import torch
 from conftest import relative_error
 from golden import each_case
 from made_visual import cosines
-from slow_pass import slow_layer, slow_pass
+from slow_rules import slow_layer, slow_pass
 from xcomp.compressors.holitom import HoliTom
 from xcomp.compressors.prunevid import PruneVid
 
