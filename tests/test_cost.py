@@ -11,6 +11,7 @@ from contracts.plugin_options import backbone_options, names_of
 
 import xcomp
 from xcomp.backbone import FrameText, ShownVideo
+from xcomp.compare.forecast import depends_on_data, on_noise
 from xcomp.cost import (
     LayerWork,
     LLMShape,
@@ -299,3 +300,17 @@ def test_module_needs_no_heavy_import():
     import xcomp.cost
 
     subprocess.run([sys.executable, "-c", code, xcomp.cost.__file__], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["evs", "visionzip", "cdpruner", "fastv", "dart", "framefusion", "prunevid"])
+@torch.no_grad()
+def test_where_the_data_decide_the_forecast_is_near(name):
+    """Told on noise, so a method whose budget depends on the video is far from it only where the video is."""
+    torch.manual_seed(1)
+    backbone, rule = tiny_backbone(), xcomp.load_compressor(name, budget={"keep": 0.5, "of": "layers"})
+    assert depends_on_data(rule, backbone)
+    held, outputs, asked = on_noise(rule, backbone, 12, 11)
+    decoder, visual = Decoder(backbone, rule), backbone.visual(torch.rand(12, 3, 2, 2), rule.needs)
+    state = decoder.prefill(visual, torch.arange(1, 4), torch.arange(1, 12))
+    assert asked == rule.uses_question and len(outputs) == len(held) - 1 == 3
+    assert all(abs(a - b) <= 12 for a, b in zip(held, state.tokens_per_layer))  # a token a frame

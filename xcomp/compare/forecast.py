@@ -7,6 +7,7 @@ such, with the reason.
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,19 +26,30 @@ from xcomp.backbone import Backbone, ShownVideo
 from xcomp.benchmark import Question, multiple_choice_prompt
 from xcomp.compare.arms import ResolvedArm, resolve_arms
 from xcomp.compare.records import read_records
+from xcomp.compressor import Chain, Compressor, defines
 from xcomp.config import ConfigError, RunConfig, build_component, split_component
 from xcomp.contract import check_questions, name_of
-from xcomp.cost import LLMShape, appended_layers, paper_layers, pass_cost, planned_layers
+from xcomp.cost import (
+    LayerWork,
+    LLMShape,
+    appended_layers,
+    counted_layers,
+    paper_layers,
+    pass_cost,
+    planned_layers,
+)
+from xcomp.decoder import Decoder, QuestionNeeded
 from xcomp.decoding import DecodingPool, VideoInfo
 from xcomp.layout import merged_lengths
 from xcomp.registry import configure
 from xcomp.schedule import keep_slots, token_counts
 from xcomp.selector import FrameQuery
+from xcomp.tiny import tiny_backbone
 from xcomp.video import VideoError
-from xcomp.visual import VisualTokens
 
 QUESTION = "What happens in the video, and who takes part in it?"
 PROBED = 20  # videos that are opened for their length; the others are taken to be like them
+NOISE = 2048  # visual tokens of the video that stands in where the data decide
 GIGABYTE = 1024**3
 # Qwen2-1.5B with 16 tokens a frame; frames → (TFLOPs of VideoChat-Flash, of XComp), as the paper prints them: MACs.
 TABLE_E_SHAPE = LLMShape(hidden=1536, intermediate=8960, heads=12, kv_heads=2, head_dim=128, layers=28, vocab=151936)
@@ -87,25 +99,27 @@ def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -
     prompt = backbone.prompt(query.text, shown)
     prefix, suffix = len(prompt.prefix_ids), len(prompt.suffix_ids)
     groups, width = num_frames // backbone.merged_frames, backbone.text_config.hidden_size
-    whole = torch.empty(groups, backbone.tokens_per_frame, width, device="meta")
-    try:
-        visual = answerer.decoder.compress(whole, prompt.suffix_ids)
-    except (RuntimeError, NotImplementedError):  # where it looks at the numbers, there are none
-        visual = VisualTokens.from_frames(whole)
-        found.notes.append("what enters the language model depends on the data: counted as if nothing left")
     shape, size = LLMShape.from_config(backbone.text_config), backbone.dtype.itemsize
-    plan = answerer.decoder.plan(visual.frame_tokens)
-    if plan is None:
-        found.notes.append("tokens depend on the data: counted as if none were dropped")
-        plan = [tuple(range(visual.frame_tokens))] * backbone.num_layers
-    texts = merged_lengths(prompt.text_lengths, visual.num_frames)
-    layers = planned_layers(plan, visual.num_frames, prefix, drop_early=answerer.decoder.drop_early, texts=texts)
-    stored = [layer.keys for layer in layers]
-    found.tokens_per_layer = [visual.num_frames * len(slots) for slots in plan]
-    question = appended_layers(stored, suffix)
+    whole = torch.empty(groups, backbone.tokens_per_frame, width, device="meta")
+    question: list[LayerWork] = []
+    if depends_on_data(answerer.compressor, backbone):
+        found.notes.append("what stays depends on the data: counted as on noise")
+        held, outputs, needs_question = on_noise(answerer.compressor, backbone, groups, suffix)
+        texts = sum(before + behind for before, behind in prompt.text_lengths or [])
+        text, rows = prefix + texts + (suffix if needs_question else 0), int(needs_question)
+        layers = counted_layers([n + text for n in held], [n + text for n in outputs], rows=rows)
+        found.tokens_per_layer = held
+    else:
+        visual = answerer.decoder.compress(whole, prompt.suffix_ids)
+        plan, needs_question = answerer.decoder.plan(visual.frame_tokens), False
+        texts = merged_lengths(prompt.text_lengths, visual.num_frames)
+        layers = planned_layers(plan, visual.num_frames, prefix, drop_early=answerer.decoder.drop_early, texts=texts)
+        found.tokens_per_layer = [visual.num_frames * len(slots) for slots in plan]
+    if not needs_question:
+        question = appended_layers([layer.keys for layer in layers], suffix)
     prefill, asked = (
-        pass_cost(shape, layers, kv_value_bytes=size),
-        pass_cost(shape, question, head_positions=1, kv_value_bytes=size),
+        pass_cost(shape, work, head_positions=heads, kv_value_bytes=size)
+        for work, heads in ((layers, int(needs_question)), (question, int(not needs_question)))
     )
     found.kv_bytes = prefill.kv_bytes + asked.kv_bytes
     found.weight_bytes = sum(parameter.numel() for parameter in backbone.parameters()) * size
@@ -125,6 +139,38 @@ def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -
     except (RuntimeError, NotImplementedError) as error:
         found.notes.append(f"the vision tower cannot be counted without weights ({str(error).splitlines()[0][:60]})")
     return found
+
+
+def depends_on_data(compressor: Compressor, backbone: Backbone) -> bool:
+    """Whether it takes the numbers to know which tokens stay."""
+    if compressor.plan(backbone.num_layers, backbone.tokens_per_frame) is None or compressor.uses_question:
+        return True
+    parts = compressor.parts if isinstance(compressor, Chain) else [compressor]
+    return any(defines(part, "compress") for part in parts)
+
+
+@torch.no_grad()
+def on_noise(compressor: Compressor, backbone: Backbone, groups: int, suffix: int) -> tuple[list[int], list[int], bool]:
+    """Visual tokens that each layer holds, and that go through its MLP, of a video of so many groups of frames.
+
+    Told by a small model of as many layers on a short video of noise, which most budgets do not depend on; and whether
+    the question was needed.
+    """
+    per_frame = backbone.tokens_per_frame
+    frames = min(groups, max(8, NOISE // per_frame))
+    small = tiny_backbone(layers=backbone.num_layers, tokens_per_frame=per_frame)
+    decoder = Decoder(small, copy.deepcopy(compressor))
+    pixels = torch.rand(frames, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    visual, prefix = small.visual(pixels, compressor.needs), torch.arange(1, 4)
+    try:
+        state = decoder.prefill_video(visual, prefix)
+    except QuestionNeeded:
+        state = decoder.prefill(visual, prefix, torch.arange(suffix) % 90 + 1)
+    asked = state.logits is not None
+    text, scale = len(prefix) + (suffix if asked else 0), groups / frames
+    held = [round(count * scale) for count in state.tokens_per_layer]
+    outputs = [round((int(counts[0]) - text) * scale) for counts in state.outputs]
+    return held, outputs, asked
 
 
 def nominal_video(config: RunConfig, seconds: float, fps: float = 30.0) -> VideoInfo:
@@ -210,9 +256,12 @@ def _unit(macs: Sequence[int]) -> tuple[str, float]:
 
 
 def _print_notes(console: Console, costs: Sequence[QuestionCost]) -> None:
+    arms: dict[str, list[str]] = {}
     for cost in costs:
         for note in cost.notes:
-            console.print(f"{cost.arm}: {note}", markup=False, highlight=False, soft_wrap=True)
+            arms.setdefault(note, []).append(cost.arm)
+    for note, names in arms.items():
+        console.print(f"{', '.join(names)}: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _scaled(value: float | None, unit: float) -> str:
