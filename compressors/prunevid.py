@@ -134,9 +134,10 @@ class PruneVid(Compressor):
         asked = torch.stack([torch.cat([behind, behind[:1].expand(widest - len(behind))]) for behind in rows])
         scores = output.attention(asked, layer="this", heads="max").amax(1).cpu()
         keep = torch.zeros_like(layout.visual)
+        group = layout.frame if layout.group is None else layout.group  # None: a later compressor made tokens anew
         for row, visual in enumerate(layout.visual):
             places = visual.nonzero()[:, 0]
-            chosen = most_of_each(scores[row, places], layout.group[row, places], c.alpha, exact=c.keep is not None)
+            chosen = most_of_each(scores[row, places], group[row, places], c.alpha, exact=c.keep is not None)
             keep[row, places[chosen]] = True
         return keep
 

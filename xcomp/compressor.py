@@ -360,7 +360,9 @@ class Chain(Compressor):
             part.fit(backbone)
 
     def check(self, backbone: Backbone) -> None:
-        """Nothing: what a part before leaves of a frame is known when it runs."""
+        """Of a rule that looks at the data; a plan depends on what the parts before leave of a frame."""
+        if any(defines(self, method) for method in RULES):
+            super().check(backbone)
 
     def compress(self, visual: VisualTokens, question: QuestionTokens | None) -> VisualTokens:
         for part in self.parts:

@@ -229,6 +229,25 @@ def test_a_schedule_is_bent_to_a_budget(name, of, num_layers, width):
     assert met > 60
 
 
+@pytest.mark.parametrize("num_layers, width", [(28, 16), (32, 64)])
+@pytest.mark.parametrize("of", ["input", "final", "layers"])
+@pytest.mark.parametrize("name", ["avg_pool", "attention_drop"])
+def test_heuristics_meet_a_budget(name, of, num_layers, width, make_backbone):
+    backbone = make_backbone(tokens_per_frame=width, layers=num_layers)
+    video, met = moving(backbone, 4), 0
+    for keep in (0.2, 0.25, 0.5, 0.9, 1.0):
+        try:
+            decoder = xcomp.Decoder(backbone, xcomp.load_compressor(name, budget={"keep": keep, "of": of}))
+        except ValueError as error:
+            assert name == "attention_drop" and of == "input" and str(error).endswith("the nearest possible is 1")
+            continue
+        counts = decoder.prefill(video, PREFIX, SUFFIX).tokens_per_layer
+        got = {"input": counts[0], "final": counts[-1], "layers": sum(counts) / num_layers}[of]
+        assert abs(got - keep * len(video)) <= (2 if name == "avg_pool" else 1)  # half a token of each frame, or one
+        met += 1
+    assert met == (1 if (name, of) == ("attention_drop", "input") else 5)
+
+
 def test_as_published_nothing_changes_where_the_budget_is_the_natural_one():
     lp_comp = xcomp.registry.load_class("compressor", "lp_comp")
     counts = [len(slots) for slots in lp_comp(lp_comp.Config()).plan(28, 16)]
@@ -252,11 +271,13 @@ WRONG = [
     ({"name": "fastv", "layer": 9}, r"compressor 'fastv': layers \[9(.0)?\] are \[9\] of 4 layers"),
     ({"name": "attention_drop", "layers": [2, 4], "ratios": [0.5, 0.2]}, "compressor 'attention_drop': layers"),
     ({"name": "lp_comp", "start": 40}, "compressor 'lp_comp': the schedule keeps 3. tokens a frame at layer 1"),
+    ([{"name": "evs"}, {"name": "fastv", "layer": 9}], r"fastv: layers \[9(.0)?\] are \[9\] of 4 layers"),
+    ([{"name": "evs"}, {"name": "lp_comp", "budget": {"keep": 0.01}}], "compressor 'lp_comp': a budget of 0.01"),
     ({"name": "downsample"}, "compressor 'downsample' needs 'grid' of the vision path, but backbone 'tiny"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("node, message", WRONG, ids=lambda value: value["name"] if isinstance(value, dict) else "")
+@pytest.mark.parametrize("node, message", WRONG)
 def test_what_cannot_be_is_said_when_the_config_is_read(node, message, make_backbone, tiny_run):
     backbone = make_backbone(tokens_per_frame=16, layers=4)
     backbone.plugin_name = "tiny"
@@ -264,4 +285,12 @@ def test_what_cannot_be_is_said_when_the_config_is_read(node, message, make_back
     config = parse_config({**tiny_run, "compressor": node, "sampling": {"multiple": 2, "min_frames": 2}}, "run")
     with pytest.raises(ValueError, match=message) as error:
         VideoQA.from_config(config, backbone=backbone)
-    assert "\n" not in str(error.value) and node["name"] in str(error.value)
+    named = node[-1]["name"] if isinstance(node, list) else node["name"]
+    assert "\n" not in str(error.value) and named in str(error.value)
+
+
+def test_a_comparison_with_one_wrong_arm_asks_nothing(tiny_run, tmp_path):
+    arms = [{"name": "right", "compressor": "lp_comp"}, {"compressor": {"name": "none", "budget": {"keep": 0.5}}}]
+    with pytest.raises(ValueError, match="^compressor 'none': a budget of 0.5 of layers cannot be met"):
+        compare(parse_config({**tiny_run, "arms": arms}, "run"))
+    assert not list(tmp_path.rglob("records*.jsonl"))

@@ -134,3 +134,6 @@ def test_one_yaml_compares_on_every_backbone(backbone, backbones, needle_videos,
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     assert len(records) == 2 * len(run["arms"]) and not any(record["error"] for record in records)
     assert all(len(record["frames"]) == 4 for record in records)
+    whole = [record["kept"] for record in records if record["arm"].startswith("none")]
+    assert whole == [{"input": 1, "final": 1, "layers": 1}] * 2
+    assert all(0 < share <= 1 for record in records for share in record["kept"].values())
