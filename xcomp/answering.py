@@ -18,7 +18,7 @@ from xcomp.backbone import Backbone, Prompt, QuestionError, ShownVideo
 from xcomp.checkpoint import load_compressor
 from xcomp.compressor import Compressor, defines
 from xcomp.config import Generation
-from xcomp.contract import check_chosen, check_methods, check_pixel_format, check_scores, name_of
+from xcomp.contract import check_chosen, check_frame_texts, check_methods, check_pixel_format, check_scores, name_of
 from xcomp.cost import count_macs
 from xcomp.decoder import Decoder, QuestionNeeded, State
 from xcomp.decoding import VideoInfo
@@ -177,7 +177,10 @@ class Answerer:
             query.text.encode()
         except UnicodeEncodeError as error:
             raise QuestionError(f"the question is no text: {error.reason} at character {error.start}") from error
-        return self.backbone.prompt(query.text, shown)
+        backbone = self.backbone
+        prompt = backbone.prompt(query.text, shown)
+        check_frame_texts(name_of("backbone", backbone), prompt.frame_texts, shown.num_frames // backbone.merged_frames)
+        return prompt
 
     # --- answers ----------------------------------------------------------------------------------------------------
 

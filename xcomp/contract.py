@@ -57,6 +57,14 @@ def check_encoded(who: str, tokens: Any, shape: tuple[int, int, int]) -> None:
     require(right, who, f"encode() must return (T, N, D) = {shape}, not {describe(tokens, False)}")
 
 
+def check_frame_texts(who: str, texts: Any, num_groups: int) -> None:
+    """Text between the frames of a prompt: none, or one piece before and one behind each frame."""
+    clause = f"prompt().frame_texts must be None or hold a (before, behind) of ids for each of the {num_groups} frames"
+    right = texts is None or (isinstance(texts, (list, tuple)) and len(texts) == num_groups)
+    require(right and all(isinstance(text, tuple) and len(text) == 2 for text in texts or ()), who, clause)
+    require(all(isinstance(ids, Tensor) for text in texts or () for ids in text), who, clause)
+
+
 def check_tower(who: str, tower: Any, needs: Sequence[str], num_groups: int, tokens_per_frame: int) -> None:
     for name in needs:
         rows = num_groups if name == "frame" else num_groups * tokens_per_frame

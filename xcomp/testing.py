@@ -42,6 +42,7 @@ from xcomp.contract import (
     check_chosen,
     check_compressed,
     check_encoded,
+    check_frame_texts,
     check_keep,
     check_pixel_format,
     check_plan,
@@ -228,6 +229,10 @@ def _prompt_of(backbone: Backbone, question: str, video: Tensor | VisualTokens) 
     return backbone.prompt(question, ShownVideo(frames / 2, frames, tuple(i / 2 for i in range(frames))))
 
 
+def _are_ids(ids: Tensor, most: int) -> bool:
+    return ids.ndim == 1 and ids.dtype == torch.long and bool(((ids >= 0) & (ids <= most)).all())
+
+
 def _check_prompts(watch: Watch, backbone: Backbone) -> None:
     merged = backbone.merged_frames
     most = backbone.language_model.embed_tokens.num_embeddings - 1
@@ -237,20 +242,17 @@ def _check_prompts(watch: Watch, backbone: Backbone) -> None:
     ):
         prompts = [watch.call("prompt", text, shown) for text in (QUESTION, "Why is that so?")]
         parts = [ids for p in prompts for ids in (p.prefix_ids, p.question_ids, p.header_ids)]
-        between = tensors_of([p.frame_texts for p in prompts])
-        for ids in [*parts, *between, watch.call("follow_up", QUESTION)]:
-            right = ids.ndim == 1 and ids.dtype == torch.long and bool(((ids >= 0) & (ids <= most)).all())
+        for ids in [*parts, watch.call("follow_up", QUESTION)]:
             clause = f"prompt() and follow_up() must give 1-D long ids, 0..{most}, at least one, not {ids}"
-            watch.require(right and (len(ids) or any(ids is text for text in between)), clause)
+            watch.require(_are_ids(ids, most) and len(ids), clause)
+        for ids in tensors_of([p.frame_texts for p in prompts]):
+            watch.require(_are_ids(ids, most), f"prompt().frame_texts must hold 1-D long ids, 0..{most}, not {ids}")
         for part, equal in (("prefix_ids", True), ("question_ids", False), ("header_ids", True)):
             found = torch.equal(*(getattr(p, part) for p in prompts))
             watch.require(found == equal, f"prompt().{part} must {'not ' if equal else ''}depend on the question")
         texts = [p.frame_texts for p in prompts]
         watch.require(same(*texts), "prompt().frame_texts must not depend on the question")
-        groups = shown.num_frames // merged
-        right = texts[0] is None or (len(texts[0]) == groups and all(len(text) == 2 for text in texts[0]))
-        clause = f"prompt().frame_texts must be None or a (before, behind) for each of the {groups} frames"
-        watch.require(right, clause)
+        check_frame_texts(watch.who, texts[0], shown.num_frames // merged)
     stop = backbone.stop_ids
     watch.require(stop and all(isinstance(i, int) for i in stop), f"stop_ids must hold at least one id, not {stop}")
 

@@ -7,12 +7,20 @@ import dataclasses
 import pytest
 import torch
 from conftest import FAMILIES
-from contracts.plugin_options import backbone_options, names_of
+from contracts.plugin_options import backbone_options, names_of, selector_options
 
-from xcomp.backbone import Backbone, Prompt
+from xcomp.answering import Answerer, Query
+from xcomp.backbone import Backbone, FrameText, Prompt
 from xcomp.checkpoint import DTYPES
 from xcomp.registry import load_class
-from xcomp.testing import ContractError, check_backbone, tiny_backbone
+from xcomp.testing import (
+    ContractError,
+    check_backbone,
+    check_compressor,
+    check_selector,
+    tiny_backbone,
+    video_of,
+)
 from xcomp.tiny import TinyBackbone
 
 
@@ -115,6 +123,41 @@ class IdsBeyondTheVocabulary(TinyBackbone):
         return Prompt(torch.tensor([97]), self._ids(question), torch.tensor([4]))
 
 
+class WithStamps(TinyBackbone):
+    """A sound one: writes the time before each frame, and closes some with a token."""
+
+    def prompt(self, question, video):
+        times = video.times or [0.0] * video.num_frames
+        texts = [FrameText(self._ids(f"{time:.0f}:"), torch.arange(i % 2)) for i, time in enumerate(times)]
+        return dataclasses.replace(super().prompt(question, video), frame_texts=tuple(texts))
+
+
+class TextOfTooFewFrames(WithStamps):
+    def prompt(self, question, video):
+        prompt = super().prompt(question, video)
+        return dataclasses.replace(prompt, frame_texts=prompt.frame_texts[1:])
+
+
+class TextBeforeFramesOnly(WithStamps):
+    def prompt(self, question, video):
+        prompt = super().prompt(question, video)
+        return dataclasses.replace(prompt, frame_texts=tuple(text.before for text in prompt.frame_texts))
+
+
+class TextOfNoType(WithStamps):
+    """An empty list makes a tensor of floats."""
+
+    def prompt(self, question, video):
+        texts = [FrameText(torch.tensor([1]), torch.tensor([]))] * video.num_frames
+        return dataclasses.replace(super().prompt(question, video), frame_texts=tuple(texts))
+
+
+class TextHasTheQuestion(WithStamps):
+    def prompt(self, question, video):
+        texts = [FrameText(self._ids(question), self._ids("."))] * video.num_frames
+        return dataclasses.replace(super().prompt(question, video), frame_texts=tuple(texts))
+
+
 class BatchedIds(TinyBackbone):
     def follow_up(self, question):
         return super().follow_up(question)[None]
@@ -181,6 +224,10 @@ BROKEN = {
     QuestionIsIgnored: r"prompt\(\).question_ids must depend on the question",
     HeaderHasTheQuestion: r"prompt\(\).header_ids must not depend on the question",
     IdsBeyondTheVocabulary: r"1-D long ids, 0\.\.96, at least one, not tensor\(\[97\]\)",
+    TextOfTooFewFrames: r"frame_texts must be None or hold a \(before, behind\) of ids for each of the 4 frames",
+    TextBeforeFramesOnly: r"frame_texts must be None or hold a \(before, behind\)",
+    TextOfNoType: r"frame_texts must hold 1-D long ids, 0\.\.96, not tensor\(\[\]\)",
+    TextHasTheQuestion: r"prompt\(\).frame_texts must not depend on the question",
     BatchedIds: "1-D long ids",
     NeverStops: "stop_ids must hold at least one id",
     SkipsANorm: "the opened-up layers must compute what the model's own forward does; they differ by",
@@ -198,6 +245,29 @@ def test_a_broken_backbone_is_caught(broken):
     torch.manual_seed(0)
     with pytest.raises(ContractError, match=f"backbone '{broken.__name__}': .*{BROKEN[broken]}"):
         check_backbone(broken)
+
+
+@pytest.mark.parametrize("compressor", names_of("compressor"))
+def test_a_backbone_that_writes_between_frames_passes(compressor):
+    torch.manual_seed(0)
+    backbone = WithStamps(WithStamps.Config()).eval()
+    check_backbone(backbone)
+    check_compressor(load_class("compressor", compressor), backbone=backbone)
+
+
+@pytest.mark.parametrize("selector", names_of("selector"))
+def test_selectors_choose_for_a_backbone_that_writes_between_frames(selector, tmp_path):
+    torch.manual_seed(0)
+    backbone = WithStamps(WithStamps.Config()).eval()
+    check_selector(load_class("selector", selector), backbone=backbone, **selector_options(selector, tmp_path))
+
+
+@pytest.mark.parametrize("broken", [TextOfTooFewFrames, TextBeforeFramesOnly])
+def test_a_run_names_the_backbone_whose_texts_are_of_other_frames(broken):
+    backbone = broken(broken.Config()).eval()
+    frames = torch.zeros(6, 4, 4, 3, dtype=torch.uint8)
+    with video_of(frames, backbone) as video, pytest.raises(ContractError, match=f"'{broken.__name__}': prompt"):
+        Answerer(backbone).answer(video, [Query("", "Why?", "Why?")])
 
 
 def test_what_is_no_backbone_is_refused():

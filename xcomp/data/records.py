@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xcomp.backbone import Backbone, FrameText, ShownVideo
 from xcomp.config import ConfigError, build_component
+from xcomp.contract import check_frame_texts, name_of
 from xcomp.messages import nearest
 
 IGNORED = -100
@@ -137,6 +138,7 @@ def tokenise(backbone: Backbone, conversation: Conversation, video: ShownVideo) 
     """Token ids and labels; only answers and the stop token after each are supervised."""
     (question, answer), *more = conversation.turns
     prompt = backbone.prompt(question, video)
+    check_frame_texts(name_of("backbone", backbone), prompt.frame_texts, video.num_frames // backbone.merged_frames)
     ids, labels = [prompt.suffix_ids], [torch.full_like(prompt.suffix_ids, IGNORED)]
 
     def add(answer: str) -> None:
