@@ -1,4 +1,4 @@
-"""From a budget to a method's own parameters: what the methods that drop inside the language model share.
+"""Budgets, and from one to a method's own parameters: what the methods that drop inside the language model share.
 
 ``stages`` are the layers (1-based) after which tokens leave: before the first of them every layer holds all tokens.
 """
@@ -7,8 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from xcomp.compressor import Budget
+
+@dataclass(frozen=True)
+class Budget:
+    """A share of the visual tokens, by one of three measures.
+
+    ``of``: ``input`` (tokens that enter the language model), ``final`` (tokens at its last layer) or ``layers`` (the
+    mean over layers), each as a share of the tokens that the vision path gives.
+    """
+
+    keep: float
+    of: str = "layers"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, bool) or not 0 < self.keep <= 1:
+            raise ValueError(f"budget.keep is {self.keep}; it must be a share above 0 and at most 1")
+        if self.of not in ("input", "final", "layers"):
+            raise ValueError(f"budget.of is '{self.of}'; it must be input, final or layers")
 
 
 def refuse(name: str, budget: Budget, why: str, nearest: float) -> ValueError:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from xcomp.backbone import ATTENTION_BLOCK, Backbone, Rotary, attention_probabilities
+from xcomp.budgets import Budget
 from xcomp.layout import TokenLayout, gather
 from xcomp.schedule import keep_slots, token_counts
 from xcomp.visual import VisualTokens
@@ -33,24 +34,6 @@ class About:
     trained: bool = False  # whether the published method needs tuning
     deviates: str = ""  # where the default differs from the released code or the paper
     keeps: float | None = None  # share of the tokens that default options hold over 28 layers, if they alone decide it
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A share of the visual tokens, by one of three measures.
-
-    ``of``: ``input`` (tokens that enter the language model), ``final`` (tokens at its last layer) or ``layers`` (the
-    mean over layers), each as a share of the tokens that the vision path gives.
-    """
-
-    keep: float
-    of: str = "layers"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.keep, bool) or not 0 < self.keep <= 1:
-            raise ValueError(f"budget.keep is {self.keep}; it must be a share above 0 and at most 1")
-        if self.of not in ("input", "final", "layers"):
-            raise ValueError(f"budget.of is '{self.of}'; it must be input, final or layers")
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,9 @@ def check_methods(kind: str, plugin: Any, *methods: str) -> None:
 
 def check_pixel_format(who: str, backbone: Any) -> None:
     """Frames are resized in other processes by ``pixel_format`` alone, so nothing else may have a say in it."""
-    from xcomp.backbone import Backbone
-
     found = getattr(backbone, "pixel_format", None)
     require(isinstance(found, PixelFormat), who, f"pixel_format must be a PixelFormat, not {found!r:.60}")
-    own = type(backbone).preprocess is not Backbone.preprocess
+    own = type(backbone).preprocess.__qualname__ != "Backbone.preprocess"
     require(not own, who, "preprocess() follows from pixel_format and must not be overridden; describe pixels there")
 
 

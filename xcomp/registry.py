@@ -289,7 +289,7 @@ def _budget(kind: str, plugin_class: type, options: Mapping[str, Any], what: str
     """A compressor's own options, and the share that every compressor can be asked for beside them."""
     if kind != "compressor" or "budget" not in options:
         return options, None
-    from xcomp.compressor import Budget
+    from xcomp.budgets import Budget
 
     given = options["budget"]
     if not isinstance(given, Mapping):
