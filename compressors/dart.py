@@ -81,19 +81,21 @@ class DART(Compressor):
         keep = torch.zeros_like(output.layout.visual)
         for row, size in enumerate(output.layout.counts.tolist()):
             visual = output.layout.visual[row, :size].to(keys.device)
-            kept, _ = self.reduce(normed[row, :size], keys[row, :, :size], visual)
+            text = output.text_behind(row).to(keys.device)
+            kept, _ = self.reduce(normed[row, :size], keys[row, :, :size], visual, text)
             keep[row, kept.cpu()] = True
         return keep
 
     @torch.no_grad()
-    def reduce(self, normed: Tensor, keys: Tensor, visual: Tensor) -> tuple[Tensor, None]:
+    def reduce(self, normed: Tensor, keys: Tensor, visual: Tensor, text: Tensor | None = None) -> tuple[Tensor, None]:
         """What stays of one sample after the stage's layer: positions, ascending, text included.
 
         ``normed`` (S, D) is the layer's output after the model's final norm, ``keys`` (H, S, K) the layer's keys after
-        RoPE, ``visual`` (S,) bool. No hidden value changes.
+        RoPE, ``visual`` (S,) bool, ``text`` the positions of the question (None: all behind the video). No hidden
+        value changes.
         """
         c, num_visual = self.config, int(visual.sum())
-        pivots, text = find_pivots(keys, visual, c.visual_pivots, c.text_pivots)
+        pivots, text = find_pivots(keys, visual, c.visual_pivots, c.text_pivots, text)
         each = num_taken(num_visual, c.ratio, c.visual_pivots + c.text_pivots, c.num_tokens)
         keep = ~visual
         keep[unlike(normed, visual, torch.cat([pivots, text]), each)] = True
@@ -107,11 +109,14 @@ def num_taken(num_visual: int, ratio: float, num_pivots: int, num_tokens: int | 
     return math.ceil((num_visual * (1 - ratio) if num_tokens is None else num_tokens) // num_pivots)
 
 
-def find_pivots(keys: Tensor, visual: Tensor, num_visual: int, num_text: int) -> tuple[Tensor, Tensor]:
+def find_pivots(
+    keys: Tensor, visual: Tensor, num_visual: int, num_text: int, behind: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Positions of the visual and of the text pivots, each by falling L1 norm of their ``keys`` (H, S, K)."""
     norms = keys.float().abs().sum((0, 2))
     places = visual.nonzero()[:, 0]
-    behind = torch.arange(int(places[-1]) + 1, len(visual), device=places.device)
+    if behind is None:
+        behind = torch.arange(int(places[-1]) + 1, len(visual), device=places.device)
     return places[top(norms[places], num_visual)], behind[top(norms[behind], num_text)]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 import xcomp
 from xcomp.checkpoint import find_folder
@@ -354,3 +355,19 @@ def test_a_checkpoint_is_a_path_a_shipped_name_or_a_hub_id(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small").mkdir()
     assert find_folder("small") == Path("small")  # what lies here comes before what ships
+
+
+@pytest.mark.parametrize("given", ["lp_comp", {"name": "avg_pool", "tokens": 4}, ["evs", "lp_comp"], None])
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("[evs, {name: avg_pool, tokens: 2}]", ["evs", {"name": "avg_pool", "tokens": 2}]),
+        ("none", "none"),
+        ("{name: avg_pool, tokens: 2}", {"name": "avg_pool", "tokens": 2}),
+    ],
+)
+def test_lists_of_compressors_replace_and_are_replaced(write, given, override, expected):
+    run = {"backbone": "videochat_flash"} | ({} if given is None else {"compressor": given})
+    config = load_config(write(yaml.safe_dump(run)), [f"compressor={override}"])
+    found = config.compressor
+    assert found == expected or found == {"name": expected} or list(found) == expected

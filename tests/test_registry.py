@@ -184,7 +184,7 @@ WITH_CONFIG = "Config = dataclass(type('Config', (), {}))"
         ("raise RuntimeError('no licence')\n", r"'broken' .* failed to import: RuntimeError: no licence"),
         ("import nothing_of_this_name\n", r"failed to import: ModuleNotFoundError: No module named 'nothing_of_"),
         ("def f(:\n", r"failed to import: SyntaxError"),
-        (CLASS.format("One", "pass"), r"'broken' .* breaks its contract: One.Config must be a dataclass"),
+        (CLASS.format("One", "pass"), r"'broken' .* breaks its contract: One must have a nested dataclass Config"),
         ("import sys; sys.exit(3)\n", "failed to import: SystemExit: 3"),
         ("x = 1\0\n", "failed to import: (SyntaxError|ValueError): source code string cannot contain null bytes"),
         (
@@ -323,7 +323,7 @@ def test_the_checked_listing_names_everything_that_is_broken(broken, capsys):
         "absent": "failed to import: ModuleNotFoundError: No module named 'nothing_of_this_name'",
         "empty": "must define one public FrameSelector class; found: none",
         "two": "must define one public FrameSelector class; found: A, B",
-        "loose": "breaks its contract: Loose.Config must be a dataclass",
+        "loose": "breaks its contract: Loose must have a nested dataclass Config",
         "gone": "failed to import: ModuleNotFoundError: No module named 'halving_gone'",
         "loud": "failed to import: RuntimeError: imported",
     }.items():

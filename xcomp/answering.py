@@ -112,7 +112,7 @@ class Answerer:
         self.decoder = Decoder(backbone, self.compressor)
         load_compressor(self.compressor, backbone)
         self._compress_macs: dict[tuple, int] = {}
-        self._needs_question = False  # whether the compressor was found to decide from the question
+        self._needs_question = self.compressor.uses_question  # or, once it was asked, found to
 
     @torch.no_grad()
     def warm_up(self) -> None:
@@ -239,7 +239,7 @@ class Answerer:
                     times=times,
                     duration=info.duration,
                     tokens_per_layer=per_layer[row],
-                    tokens_in=state.entered[row],
+                    tokens_in=per_layer[row][0],
                     tokens_given=len(frames) // self.backbone.merged_frames * self.backbone.tokens_per_frame,
                     work=work,
                     scores=None if choice.scores is None else list(choice.scores),

@@ -124,7 +124,7 @@ def _compare(options: argparse.Namespace) -> int | None:
     if options.dry_run:
         from xcomp.compare.forecast import dry_run
 
-        return dry_run(config)
+        return int(not dry_run(config))
     from xcomp.compare.runner import compare
 
     return _whether_all_asked(compare(config))
@@ -176,7 +176,7 @@ def _evaluate(options: argparse.Namespace) -> int | None:
 
         from xcomp.compare.forecast import dry_run
 
-        return dry_run(replace(config, arms=[]))
+        return int(not dry_run(replace(config, arms=[])))
     from xcomp.compare.runner import evaluate
 
     return _whether_all_asked(evaluate(config))

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from xcomp.backbone import ATTENTION_BLOCK, Backbone, Rotary, attention_probabilities
 from xcomp.budgets import Budget
 from xcomp.layout import TokenLayout, gather
+from xcomp.messages import nearest
 from xcomp.schedule import keep_slots, token_counts
-from xcomp.visual import VisualTokens
+from xcomp.visual import TOWER_FEATURES, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Reduction:
 
     ``order``: of each sample the positions that go on, long, in their new order: all of the text, and at least one
     visual token. A merged token is named by the position of one of those that it stands for. ``hidden``: new values of
-    these positions, (len(order), D) a sample; None: as they were. ``size``: how many tokens each stands for, in tokens
-    that entered the language model; None: as before.
+    these positions, (len(order), D) a sample; None: as they were. ``size``: how many tokens of the vision path each
+    stands for, text one; None: as before.
     """
 
     order: Sequence[Tensor]
@@ -86,9 +87,11 @@ class LayerOutput:
     macs: list[Tensor] = field(default_factory=list)  # (B,) each: of what was asked here; a rule adds its own
 
     def text_behind(self, row: int) -> Tensor:
-        """Positions of a sample's text behind its video; text between the frames is none of it."""
+        """Positions of the question: a sample's text behind its video (text between the frames is none of it) up to
+        ``query_index``, for while tuning answers stand behind that."""
         real, visual = self.layout.real[row], self.layout.visual[row]
-        return (real & ~visual & ~self.layout.between[row] & (visual.cumsum(0) > 0)).nonzero()[:, 0]
+        behind = (real & ~visual & ~self.layout.between[row] & (visual.cumsum(0) > 0)).nonzero()[:, 0]
+        return behind[behind <= int(self.query_index[row])]
 
     def keys(self, layer: str = "this") -> Tensor:
         """(B, H_kv, S, K) keys after RoPE of ``this`` layer, or of the ``next``."""
@@ -186,6 +189,11 @@ class Compressor(nn.Module):
             return
         who = self._name
         given = (*backbone.tower_features, *([] if backbone.grid is None else ["grid"]))
+        for need in self.needs:
+            if need not in (known := [*TOWER_FEATURES, "grid", *given]):
+                raise ValueError(
+                    f"compressor '{who}': needs names '{need}';{nearest(need, known)} it may name {', '.join(known)}"
+                )
         if missing := [need for need in self.needs if need not in given]:
             raise ValueError(
                 f"compressor '{who}' needs '{', '.join(missing)}' of the vision path, but backbone "
@@ -232,8 +240,11 @@ class Compressor(nn.Module):
     def plan(self, num_layers: int, tokens_per_frame: int) -> list[tuple[int, ...]] | None:
         """Ascending slots (0-based, of the N that enter the language model) kept at each layer.
 
-        None means that it depends on the data: then the rules below are asked.
+        None means that it depends on the data: then the rules below are asked. By default every slot stays, or, where
+        one of the rules is defined, None.
         """
+        if any(defines(self, rule) for rule in RULES if rule != "while_decoding"):
+            return None
         return [tuple(range(tokens_per_frame))] * num_layers
 
     def before_layers(self, output: LayerOutput) -> Tensor | Reduction | None:
@@ -339,8 +350,35 @@ class Chain(Compressor):
             setattr(self, name, getattr(self.inside, name))
 
     def fit(self, backbone: Backbone) -> None:
+        if self._fits is backbone:
+            return
         for part in self.parts:
             part.fit(backbone)
+        if backbone.device.type != "meta":
+            self._check_order(backbone)
+        object.__setattr__(self, "_fits", backbone)
+
+    @torch.no_grad()
+    def _check_order(self, backbone: Backbone) -> None:
+        """ValueError unless each can take what those before it leave, as seen on a little noise."""
+        groups, per_frame = 8, backbone.tokens_per_frame
+        noise = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=noise).to(backbone.device)
+
+        rows = {"frame": groups}
+        tower = {name: random(rows.get(name, groups * per_frame), 8) for name in self.needs if name != "grid"}
+        tower = {name: values if name in ("keys", "frame") else values[:, 0] for name, values in tower.items()}
+        tokens = random(groups, per_frame, backbone.text_config.hidden_size).to(backbone.dtype)
+        visual = VisualTokens.from_frames(tokens, backbone.grid, tower)
+        ids = torch.zeros(8, dtype=torch.long, device=backbone.device)
+        question = QuestionTokens(ids, backbone.embed(ids))
+        for part in self.parts:
+            try:
+                visual = part.compress(visual, question if part.uses_question else None)
+            except ValueError as error:
+                raise ValueError(f"compressors '{self._name}': '{part._name}' cannot stand there: {error}") from error
 
     def check(self, backbone: Backbone) -> None:
         """Of a rule that looks at the data; a plan depends on what the parts before leave of a frame."""

@@ -248,8 +248,10 @@ def _override(content: Any, overrides: Sequence[str]) -> Any:
         _check_override(override)
     before = _components(content)
     named = {path: {"name": node} if _is_plain_name(node) else node for path, node in before.items()}
+    lists = dict.fromkeys(_of_another_form(before, overrides))
+    named |= lists
     merged = _merged(_with_components(content, named), overrides)
-    said = _components(_merged(_with_components(content, dict.fromkeys(before, {})), overrides))
+    said = _components(_merged(_with_components(content, dict.fromkeys(before, {}) | lists), overrides))
     changed = {}
     for path, node in _components(merged).items():
         old = named.get(path)
@@ -268,6 +270,20 @@ def _check_override(override: str) -> None:
         _check_depth(override.partition("=")[2])
     except (YAMLError, ValueError) as error:
         raise ConfigError(f"override {_short(override)} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _of_another_form(before: Mapping[tuple[str | int, ...], Any], overrides: Sequence[str]) -> list[tuple]:
+    """Places where an override puts a list of components over one, or anything over a list: nothing of it stays."""
+    import yaml
+
+    keys = {".".join(map(str, path)): path for path in before}
+    found = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        path = keys.get(key.replace("[", ".").replace("]", ""))
+        if path is not None and (isinstance(before[path], list) or isinstance(yaml.safe_load(value), list)):
+            found.append(path)
+    return found
 
 
 def _is_plain_name(node: Any) -> bool:

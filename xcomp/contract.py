@@ -5,8 +5,11 @@ Whatever a plugin does wrong is reported in its own name.
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -139,6 +142,8 @@ def check_reduction(who: str, found: Any, layout: TokenLayout, width: int, metho
                 right, who, f"{method}(): hidden must be ({len(order)}, {width}), not {describe(found.hidden[row])}"
             )
         if found.size is not None:
+            right = bool((found.size[row] > 0).all())
+            require(right, who, f"{method}(): size must be positive: how many tokens of the video each stands for")
             require(found.size[row].shape == (len(order),), who, f"{method}(): size must be ({len(order)},)")
 
 
@@ -189,6 +194,21 @@ def check_questions(who: str, questions: Any) -> None:
     require(right, who, "questions() must return a list of at least one Question")
     double = [name for name, count in Counter(q.id for q in questions).items() if count > 1]
     require(not double, who, f"the id of every question must be its own; these occur more than once: {double[:3]}")
+
+
+@contextmanager
+def blamed(who: str, plugin: Any, method: str) -> Iterator[None]:
+    """Whatever a plugin's method raises that is no ValueError becomes one line that names it and where it happened."""
+    try:
+        yield
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        own = inspect.getsourcefile(type(plugin))
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
+        where = f" ({own}, line {lines[-1]})" if lines else ""
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ContractError(f"{who}: {method}() must not fail; {message}{where}") from error
 
 
 def describe(value: Any, dtype: bool = True) -> str:

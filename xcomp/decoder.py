@@ -33,7 +33,7 @@ from xcomp.compressor import (
     Reduction,
     defines,
 )
-from xcomp.contract import check_compressed, check_keep, check_plan, check_reduction, name_of
+from xcomp.contract import blamed, check_compressed, check_keep, check_plan, check_reduction, name_of
 from xcomp.cost import LLMShape, appended_layers, counted_layers, pass_cost, planned_layers
 from xcomp.generation import generate
 from xcomp.layout import TextBehind, TokenLayout, gather
@@ -67,7 +67,6 @@ class State:
     starts: dict[int, Tensor] = field(default_factory=dict)
     # Under rules that look at the data: positions of each sample that went through each layer's MLP.
     outputs: list[Tensor] = field(default_factory=list)
-    entered: list[int] = field(default_factory=list)  # visual tokens of each sample behind ``compress``
     answer_state: dict[str, Any] = field(default_factory=dict)  # of a rule that looks on while answers are written
     rule_macs: list[int] = field(default_factory=list)  # of a rule's own look at the data, for each sample
 
@@ -98,8 +97,7 @@ class State:
         state.text = self.text.repeat(times)
         state.logits = None if self.logits is None else self.logits.repeat_interleave(times, 0)
         outputs = [counts.repeat_interleave(times) for counts in self.outputs]
-        entered = [count for count in self.entered for _ in range(times)]
-        return replace(state, batched=True, starts={}, outputs=outputs, entered=entered)
+        return replace(state, batched=True, starts={}, outputs=outputs)
 
     def text_start(self, backbone: Backbone, layer: int) -> Tensor:
         """Position of the first token of ``text`` at a layer: (1 or B) or (axes, B)."""
@@ -174,7 +172,6 @@ class Decoder:
             TokenLayout.text([0] * len(hidden)),
             None,
             batched,
-            entered=layout.visual_counts,
             rule_macs=[0] * len(hidden),
         )
         observed = 0
@@ -200,7 +197,7 @@ class Decoder:
 
         One sample's tokens and ids may stand without a list.
         """
-        hidden, layout, tokens_per_frame, _ = self._assemble(tokens, prefix_ids, suffix_ids, frame_texts)
+        hidden, layout, tokens_per_frame, _ = self._assemble(tokens, prefix_ids, suffix_ids, frame_texts, num_logits)
         counts = torch.tensor(num_logits)
         back = torch.arange(int(counts.max()))
         wanted = (layout.counts.unsqueeze(1) - counts.unsqueeze(1) + back).clamp(max=layout.width - 1)
@@ -232,7 +229,6 @@ class Decoder:
             TokenLayout.text([0] * len(hidden)),
             None,
             batched,
-            entered=layout.visual_counts,
             rule_macs=[0] * len(hidden),
         )
         self._run(hidden, layout, tokens_per_frame, wanted=None, state=state)
@@ -314,8 +310,12 @@ class Decoder:
         prefix_ids: Ids | Sequence[Ids],
         suffix_ids: Ids | Sequence[Ids],
         frame_texts: FrameTexts | Sequence[FrameTexts],
+        num_logits: Sequence[int] | None = None,
     ) -> tuple[Tensor, TokenLayout, int, bool]:
-        """Embedded sequences (B, S, D) padded on the right, their layout, slots a frame, and if it was a batch."""
+        """Embedded sequences (B, S, D) padded on the right, their layout, slots a frame, and if it was a batch.
+
+        ``num_logits``: positions at the end of each suffix whose logits are wanted; the first ends the question.
+        """
         batched = isinstance(tokens, (list, tuple))
         videos = list(tokens) if batched else [tokens]
         prefixes = [_ids(i) for i in (prefix_ids if batched else [prefix_ids])]
@@ -326,7 +326,8 @@ class Decoder:
                 f"a batch needs as many videos ({len(videos)}) as prefixes ({len(prefixes)}), "
                 f"suffixes ({len(suffixes)}) and texts between frames ({len(texts)})"
             )
-        videos = [self.compress(video, suffix) for video, suffix in zip(videos, suffixes)]
+        ends = [len(suffix) + 1 - count for suffix, count in zip(suffixes, num_logits or [1] * len(suffixes))]
+        videos = [self.compress(video, suffix[:end]) for video, suffix, end in zip(videos, suffixes, ends)]
         widths = {video.frame_tokens for video in videos}
         if len(widths) != 1:
             raise ValueError(f"all videos of a batch need the same number of tokens a frame, not {sorted(widths)}")
@@ -367,8 +368,10 @@ class Decoder:
         if self.compressor.uses_question:
             ids = _ids(suffix_ids)
             question = QuestionTokens(ids, self._embed(ids))
-        found = self.compressor.compress(visual, question)
-        check_compressed(name_of("compressor", self.compressor), visual, found)
+        who = name_of("compressor", self.compressor)
+        with blamed(who, self.compressor, "compress"):
+            found = self.compressor.compress(visual, question)
+        check_compressed(who, visual, found)
         return replace(found, compressed=True, shown_frames=visual.num_frames)
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -637,7 +640,8 @@ class _Rules:
             layer, backbone.num_layers, hidden, layout, backbone, self.tables.of(layout), wanted[:, 0],
             self.layout.visual_counts, self.embeddings, self.layout, self.memory, layer_input, layer_keys,
         )  # fmt: skip
-        found = getattr(self.compressor, method)(output)
+        with blamed(who, self.compressor, method):
+            found = getattr(self.compressor, method)(output)
         if self.state is not None:
             for macs in output.macs:
                 self.state.rule_macs = [a + b for a, b in zip(self.state.rule_macs, macs.tolist())]

@@ -166,7 +166,8 @@ def find(kind: str, name: str, folders: Iterable[str | Path] = ()) -> Plugin:
     for file, error in unreadable(folders).items():
         if file.stem == name:
             raise PluginError(f"{kind} '{name}' ({file.parent}) failed to import: {error}")
-    raise PluginError(f"unknown {kind} '{name}';{nearest(name, known)} known: {', '.join(known)}")
+    own = "" if folders else "; one of your own is found where 'plugins' names its folder"
+    raise PluginError(f"unknown {kind} '{name}';{nearest(name, known)} known: {', '.join(known)}{own}")
 
 
 def load_class(kind: str, name: str, folders: Iterable[str | Path] = ()) -> type:
@@ -187,7 +188,8 @@ def load(plugin: Plugin) -> type:
         clause = f"{plugin_class.__name__} must be a subclass of {contract.__name__}"
         raise PluginError(f"{who} breaks its contract: {clause}")
     if not dataclasses.is_dataclass(getattr(plugin_class, "Config", None)):
-        raise PluginError(f"{who} breaks its contract: {plugin_class.__name__}.Config must be a dataclass")
+        clause = "must have a nested dataclass Config with its options, empty if there are none"
+        raise PluginError(f"{who} breaks its contract: {plugin_class.__name__} {clause}")
     _check_parameters(plugin_class, contract, who)
     _check_names(plugin_class, contract, who)
     return plugin_class
@@ -201,6 +203,15 @@ def _check_names(plugin_class: type, contract: type, who: str) -> None:
             if close := difflib.get_close_matches(method, known, n=1, cutoff=0.9):
                 clause = f"{method}() is nobody's; did you mean {close[0]}()?"
                 raise PluginError(f"{who} breaks its contract: {clause}")
+    attributes = [name for name in (*vars(contract), *vars(contract).get("__annotations__", {})) if name[0] != "_"]
+    for name, value in vars(plugin_class).items():
+        if not callable(value) and not name.startswith("_") and not hasattr(contract, name):
+            if name not in attributes and (close := difflib.get_close_matches(name, attributes, n=1, cutoff=0.9)):
+                clause = f"{name} is nobody's; did you mean {close[0]}?"
+                raise PluginError(f"{who} breaks its contract: {clause}")
+    if isinstance(getattr(plugin_class, "needs", ()), str):
+        clause = f"needs must be a tuple of names, not the text {plugin_class.needs!r}: a comma is missing"
+        raise PluginError(f"{who} breaks its contract: {clause}")
 
 
 def _check_parameters(plugin_class: type, contract: type, who: str) -> None:

@@ -11,6 +11,7 @@ from contracts.plugin_options import names_of, selector_options
 import xcomp
 from xcomp.checkpoint import DTYPES
 from xcomp.config import Generation, Sampling
+from xcomp.decoder import QuestionNeeded
 from xcomp.registry import load_class
 from xcomp.testing import ContractError, check_compressor, tiny_backbone
 
@@ -59,7 +60,7 @@ def test_every_pair_answers_a_question(compressor, selector, selectors, needle_v
         prompt = backbone.prompt(text, xcomp.backbone.ShownVideo(answer.duration, 6))
         decoder = xcomp.Decoder(backbone, rule)
         state = decoder.prefill(tokens, prompt.prefix_ids, prompt.suffix_ids)
-        assert state.tokens_per_layer == answer.tokens_per_layer and state.entered == [answer.tokens_in]
+        assert state.tokens_per_layer == answer.tokens_per_layer and answer.tokens_in == answer.tokens_per_layer[0]
         written = decoder.generate(state, max_new_tokens=3)[0]
     assert answer.text == backbone.tokenizer.decode(written).strip()
 
@@ -237,7 +238,7 @@ BROKEN = {
     LooksAtTheFirstSample: "a batch must give what each sample gives alone",
     ChangesItsMind: "a pass must give the same when it is repeated",
     StopsTheGradient: "a gradient must flow from the logits through the compressor to the visual tokens",
-    BreaksTraining: "training must not fail; RuntimeError",
+    BreaksTraining: r"compress\(\) must not fail; RuntimeError",
 }
 
 
@@ -254,3 +255,91 @@ def test_a_sound_rule_of_each_sort_passes():
     check_compressor(Rule(None))
     with pytest.raises(ValueError, match="compressor 'Rule' has no option 'tokens'"):
         check_compressor(Rule, tokens=3)
+
+
+# --- what a newcomer would write --------------------------------------------------------------------------------------
+
+
+class OnlyAfterLayer(xcomp.Compressor):
+    """No plan of its own: a rule that is defined is asked."""
+
+    @dataclass
+    class Config:
+        pass
+
+    def after_layer(self, output):
+        return output.layout.frame >= 1
+
+
+class Asks(xcomp.Compressor):
+    """Notes the questions that it is shown."""
+
+    uses_question = True
+
+    @dataclass
+    class Config:
+        pass
+
+    def compress(self, visual, question):
+        assert len(question.ids) == len(question.embeddings)
+        self.__dict__.setdefault("seen", []).append(len(question.ids))
+        return visual
+
+
+@torch.no_grad()
+def test_a_rule_that_is_defined_is_asked():
+    backbone = tiny_backbone()
+    decoder = xcomp.Decoder(backbone, OnlyAfterLayer(None))
+    state = decoder.prefill(backbone.encode(torch.rand(4, 3, 2, 2)), torch.arange(1, 4), torch.arange(1, 5))
+    assert state.tokens_per_layer == [4 * 8, 3 * 8, 3 * 8, 3 * 8]
+    with pytest.raises(QuestionNeeded):
+        decoder.prefill_video(backbone.encode(torch.rand(4, 3, 2, 2)), torch.arange(1, 4))
+
+
+def test_the_question_is_the_whole_question_and_nothing_behind_it(needle_videos):
+    backbone, rule = tiny_backbone(), Asks(None)
+    question = xcomp.load_benchmark("needle", **needle_videos).questions()[0]
+    qa = xcomp.VideoQA(backbone, rule, sampling=Sampling(rate=2, min_frames=8, max_frames=8))
+    qa.ask(question.video, "Why is that so?")
+    asked = len(backbone.prompt("Why is that so?", xcomp.backbone.ShownVideo(4.0, 8)).suffix_ids)
+    assert set(rule.seen) == {asked}
+    rule.seen.clear()  # a tuning step: three answer tokens stand behind a question of five
+    tokens = backbone.encode(torch.rand(4, 3, 2, 2))
+    xcomp.Decoder(backbone, rule).logits([tokens], [torch.arange(1, 4)], [torch.arange(1, 9)], [4])
+    assert rule.seen == [5]
+
+
+@torch.no_grad()
+def test_a_list_whose_order_cannot_be_is_refused_when_it_is_set_up():
+    chain = xcomp.compressor.Chain([xcomp.load_compressor(name) for name in ("divprune", "evs")])
+    with pytest.raises(ValueError, match="compressors 'divprune . evs': 'evs' cannot stand there: .* must come first"):
+        xcomp.Decoder(tiny_backbone(), chain)
+    xcomp.Decoder(tiny_backbone(), xcomp.compressor.Chain([*reversed(chain.parts)]))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("use_question = True", "use_question is nobody's; did you mean uses_question"),
+        ("needs = 'attention'", "needs must be a tuple of names, not the text 'attention'"),
+        ("def after_layers(self, output): pass", r"after_layers\(\) is nobody's; did you mean after_layer\(\)"),
+    ],
+)
+def test_names_that_nobody_reads_are_refused(tmp_path, text, message):
+    head = "from dataclasses import dataclass\nfrom xcomp import Compressor\nclass Own(Compressor):\n"
+    (tmp_path / "own.py").write_text(f"{head}    @dataclass\n    class Config:\n        pass\n    {text}\n")
+    with pytest.raises(xcomp.registry.PluginError, match=message):
+        load_class("compressor", "own", [tmp_path])
+
+
+def test_an_error_of_a_plugin_is_one_line_that_names_it():
+    class Breaks(xcomp.Compressor):
+        def compress(self, visual, question):
+            return {}["no such key"]
+
+    backbone = tiny_backbone()
+    with pytest.raises(
+        ContractError, match=r"'Breaks': compress\(\) must not fail; KeyError: .*\.py, line \d+\)"
+    ) as found:
+        xcomp.Decoder(backbone, Breaks(None)).compress(torch.zeros(2, 8, 32))
+    assert "\n" not in str(found.value)

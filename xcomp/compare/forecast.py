@@ -294,8 +294,11 @@ def print_table_e() -> None:
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 
-def dry_run(config: RunConfig) -> None:
-    """``--dry-run``: what there is and what it will take. Asks nothing, and writes nothing into the run folder."""
+def dry_run(config: RunConfig) -> bool:
+    """``--dry-run``: what there is and what it will take; whether every arm could be set up.
+
+    Asks nothing, and writes nothing into the run folder.
+    """
     if config.benchmark is None:
         raise ConfigError("no benchmark; name one, e.g. benchmark: needle")
     arms, console = resolve_arms(config), Console()
@@ -311,12 +314,14 @@ def dry_run(config: RunConfig) -> None:
         query = Query(first.video, first.question, benchmark.prompt(first))
     else:
         query = Query("", QUESTION, multiple_choice_prompt(QUESTION, ["yes", "no", "neither", "both"]))
-    costs = _Arms(config, arms).costs(info, query)
+    known = _Arms(config, arms)
+    costs, impossible = known.costs(info, query), known.problems
     console.print(f"counted for {where}: {len(info.candidates)} candidate frames, {info.duration:.0f} s", markup=False)
     console.print(_cost_table([costs[arm.name] for arm in arms]))
     _print_notes(console, costs.values())
     _print_memory(config, costs, info, console)
     _print_time(config, arms, questions, found, costs, decode_seconds, console)
+    return not impossible
 
 
 def _questions(benchmark: Any, limit: int | None) -> tuple[list[Question], str | None]:
