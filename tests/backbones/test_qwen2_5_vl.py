@@ -355,7 +355,9 @@ def test_questions_about_video_files(words, needle_videos):
     queries = [Query(q.video, q.question, q.question) for q in questions]
     together = qa.answer(queries)
     for query, answer in zip(queries, together):
-        assert answer.tokens_in == 3 * 12 and len(answer.frames) == 6 == len(set(answer.frames))
+        assert answer.tokens_in == answer.tokens_per_layer[0] <= 3 * 12 and len(answer.frames) == 6 == len(
+            set(answer.frames)
+        )
         assert answer.tokens_per_layer == [3 * len(slots) for slots in rule.plan(3, 12)]
         alone = qa.answer([query])[0]
         assert (alone.text, alone.frames) == (answer.text, answer.frames)
