@@ -23,6 +23,8 @@ _PUBLIC = {
     "Backbone": "xcomp.backbone",
     "Benchmark": "xcomp.benchmark",
     "Compressor": "xcomp.compressor",
+    "Reduction": "xcomp.compressor",
+    "VisualTokens": "xcomp.visual",
     "Decoder": "xcomp.decoder",
     "FrameSelector": "xcomp.selector",
     "VideoQA": "xcomp.model",

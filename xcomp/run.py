@@ -246,9 +246,10 @@ def _end_with_launcher() -> None:
 
     Alone they would go on with their share for hours, and write into a run folder that nobody holds any more.
     """
-    if os.environ.get(_LAUNCHER) == str(os.getppid()):
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # also where a command is started by one that ran before
+    if not is_first and os.environ.get(_LAUNCHER) == str(os.getppid()):
         end_with_parent()
-    else:
+    elif is_first:
         os.environ[_LAUNCHER] = str(os.getpid())  # which those that it starts inherit
 
 

@@ -1,17 +1,11 @@
 """Dropping by attention: against full attention maps, against PyramidDrop's own code, and its options."""
 
-import json
-
 import pytest
 import torch
 import transformers
-from conftest import relative_error
-from golden import ROOT, needs_golden
-from torch import nn
 
 import xcomp
 from xcomp.decoder import Decoder, QuestionNeeded
-from xcomp.tiny import TinyBackbone
 
 PREFIX, SUFFIX = torch.tensor([5, 6, 7]), torch.tensor([8, 9, 10, 11, 12])
 
@@ -126,34 +120,3 @@ def test_layers_that_the_model_has_not_are_refused(make_backbone, layers):
         Decoder(backbone, rule(layers=layers, ratios=[0.5] * len(layers))).prefill(
             backbone.encode(torch.rand(2, 3, 2, 2)), PREFIX, SUFFIX
         )
-
-
-@needs_golden
-@torch.no_grad()
-@pytest.mark.parametrize("case", [0, 1])
-def test_equals_the_released_pyramiddrop(case):
-    from safetensors.torch import load_file
-
-    about = json.loads((ROOT / "baselines" / "pyramiddrop.json").read_text())["cases"][case]
-    stored = load_file(ROOT / "baselines" / "pyramiddrop.safetensors")
-    golden = {k.removeprefix(f"{about['name']}."): v for k, v in stored.items() if k.startswith(f"{about['name']}.")}
-    params = about["params"]
-    backbone = TinyBackbone(TinyBackbone.Config(family="llama"))
-    sizes = {k: v for k, v in params["config"].items() if k != "rope_theta"}
-    rope = {"rope_type": "default", "rope_theta": params["config"]["rope_theta"]}
-    config = transformers.LlamaConfig(**sizes, rope_parameters=rope)
-    backbone.language_model = transformers.LlamaModel(config)
-    backbone.language_model.load_state_dict({k[2:]: v for k, v in golden.items() if k.startswith("w.")})
-    backbone.lm_head = nn.Identity()
-    # Embeddings of the text are those of the case: id i stands for position i.
-    embeds, start, length = golden["inputs_embeds"][0], params["image_start"], params["image_length"]
-    backbone.language_model.embed_tokens.weight[: len(embeds)] = embeds
-    drop = rule(layers=params["layer_list"], ratios=params["image_token_ratio_list"])
-    ids = torch.arange(len(embeds))
-    visual = embeds[start : start + length].unsqueeze(0)
-    state = Decoder(backbone, drop).prefill(visual, ids[:start], ids[start + length :])
-    text = len(embeds) - length
-    assert [count + text for count in state.tokens_per_layer] == params["cache_length_per_layer"]
-    kept = [start + slot for _, slot in slots(state, params["layer_list"][0])]
-    assert kept == [i for i in golden["stage0.keep"].tolist() if start <= i < start + length]
-    assert relative_error(state.logits[0], golden["last_hidden"]) < 2e-5

@@ -1,10 +1,12 @@
 """skeleton: every token up to the middle of the language model, then every ``step``-th token of a frame.
 
-A compressor acts in one or more of three places, and inherits the others, which keep everything:
+A compressor acts in one or more places, and inherits the others, which keep everything:
 
-- ``before_llm(tokens)``: (T, N, D) → (T', N', D), to pool or merge tokens before the first layer;
+- ``before_llm(tokens)``: (T, N, D) → (T', N', D), to pool or merge whole frames before the first layer;
+- ``compress(visual, question)``: VisualTokens → VisualTokens, to drop or merge any of them, by the question if need be;
 - ``plan(num_layers, tokens_per_frame)``: which tokens of each frame every layer keeps, where that is known beforehand;
-- ``after_layer(output)``: which tokens stay after a layer, where it depends on the data (``plan`` then returns None).
+- ``before_layers``, ``after_attention``, ``after_layer(output)``: what goes on, where it depends on the data (``plan``
+  then returns None).
 """
 
 from __future__ import annotations
