@@ -96,7 +96,7 @@ def test_qc_comp_runs_each_chunk_once_for_all_questions(run, monkeypatch):
     monkeypatch.setattr(
         xcomp.Decoder,
         "prefill_video",
-        lambda self, tokens, ids: passes.append(len(tokens)) or prefill_video(self, tokens, ids),
+        lambda self, tokens, *ids: passes.append(len(tokens)) or prefill_video(self, tokens, *ids),
     )
     folder = compare(parse_config({**run, "arms": [ARMS[3]]}, "x"))
     shown = {(r["video"], tuple(r["frames"])) for r in read(folder)}
