@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xcomp.backbone import QuestionError
 from xcomp.selector import Candidates, Picker, check_budget, fill_up
 
 
@@ -49,9 +50,9 @@ class AKS(Picker):
         limits = self.config.threshold, self.config.min_std, depth
         chosen = aks_frames(scores.double().numpy(), budget, *limits)
         if self.config.released and len(chosen) < budget:
-            raise ValueError(
-                f"aks: the released rule gives {len(chosen)} of {budget} frames at depth {depth}; lower depth, or leave "
-                "out released"
+            raise QuestionError(
+                f"aks: the released rule gives {len(chosen)} of {budget} frames at depth {depth}; lower depth, or "
+                "leave out released"
             )
         return fill_up(chosen, scores, budget)
 

@@ -13,7 +13,8 @@ which scores by BLIP's image-text matching. There, what the second look finds do
 interpolation takes its points unsorted; both are so here unless ``update_arms`` (the paper's reading) is set.
 
 Deviations. Random numbers start from the run's seed at each question, where the released code draws on through a whole
-data set. Where the best arms have too few frames for the budget, the best of the others by their nearest scores fill it.
+data set. Where the best arms have too few frames for the budget, those of the others
+with the best nearest scores fill it.
 """
 
 from __future__ import annotations

@@ -266,7 +266,11 @@ def make_config(config_class: type, options: Mapping[str, Any], what: str) -> An
                 f"{what} has no option '{key}';{nearest(str(key), known)} options: {', '.join(known) or 'none'}"
             )
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), dict(options)))
+        defaults = OmegaConf.structured(config_class)
+        for field in dataclasses.fields(config_class):
+            if field.name in options and field.type in (Any, "Any"):
+                defaults[field.name] = None  # a component's node: one that is given keeps nothing of the default
+        return OmegaConf.to_object(OmegaConf.merge(defaults, dict(options)))
     except MissingMandatoryValue as error:
         raise PluginError(f"{what}: option '{error.key}' must be given; options: {', '.join(known)}") from error
     except OmegaConfBaseException as error:

@@ -34,7 +34,8 @@ class FrameQuery:
 
     ``work`` is what this question alone takes, beside what all questions of the video share:
     ``with video.ledger.charge(query.work)`` measures it. ``id`` is the benchmark's name of the question, ``events`` the
-    (start, end) seconds that hold the evidence where a benchmark knows them, ``seed`` the run's, ``shown`` the video.
+    (start, end) seconds that hold the evidence where a benchmark knows them, ``seed`` the run's, ``video`` the file and
+    ``shown`` what is known of it.
     """
 
     question: str
@@ -43,6 +44,7 @@ class FrameQuery:
     id: str = ""
     events: tuple[tuple[float, float], ...] = ()
     seed: int = 0
+    video: str = ""
     shown: ShownVideo | None = None
 
     @property
@@ -52,7 +54,9 @@ class FrameQuery:
 
     def rng(self) -> np.random.Generator:
         """Random numbers that follow from the run's seed and the question: from the start at each call."""
-        return np.random.default_rng([self.seed, int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big")])
+        return np.random.default_rng(
+            [self.seed, int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big")]
+        )
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,12 @@
 """Pickers against what their authors' code chose, against slow versions of their definitions, and at the edges."""
 
-import math
-
 import numpy as np
-import pytest
 import torch
 from golden import each_case
 from xcomp.selectors.aks import aks_frames, aks_segments
 from xcomp.selectors.bolt import inverse_transform
-from xcomp.selectors.focus import FOCUS, confidence_bounds, focus_frames
-from xcomp.selectors.mdp3 import UNREACHABLE, mdp3_frames, multi_gaussian
+from xcomp.selectors.focus import FOCUS, focus_frames
+from xcomp.selectors.mdp3 import mdp3_frames, multi_gaussian
 from xcomp.selectors.q_frame import gumbel_order, resolution_levels
 
 # --- what the released code chose -------------------------------------------------------------------------------------
