@@ -76,7 +76,7 @@ class FOCUS(Picker):
         return focus_frames(frames.scores, len(frames), frames.rate, budget, self.config, frames.rng()).chosen
 
     def cost(self, backbone, num_frames, query, compressor) -> SelectionCost | None:
-        """The scorer's, of the frames that will be asked for: their number follows from the video's length alone."""
+        """The scorer's, of the most frames that will be asked for, which follows from the video's length alone."""
         asked = num_frames
         if self.asks_for_few and query.shown is not None and query.shown.duration > 0:
             cut = Arms.cut(num_frames, num_frames / query.shown.duration, self.config)

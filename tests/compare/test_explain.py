@@ -1,4 +1,4 @@
-"""The page that shows why frames were chosen: scores over time, thumbnails, the evidence; self-contained and escaped."""
+"""The page that shows why frames were chosen: scores, thumbnails, evidence; self-contained, everything escaped."""
 
 import re
 
