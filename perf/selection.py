@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import about, peak_megabytes, side_by_side, spread, write
+from measure import about, peak_megabytes, seconds, spread, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2Config, Qwen2Model
@@ -123,24 +123,33 @@ def prepare(size: str, frames: int, which: str) -> Any:
     return torch.no_grad()(lambda: selector._clip_scores(decoder, chunk, prompt, layers)[0][list(layers)])
 
 
+def _keep(found: dict[str, Any], name: str, run: Any) -> None:
+    found[name] = run()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="medium", choices=["narrow", "medium"])
     parser.add_argument("--frames", type=int, default=576)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--memory", action="store_true", help="peak memory too, in processes of their own")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     names = ("prefill", "first question", "further question", "reference")
     runs = {name: prepare(options.size, options.frames, name) for name in names}
-    found = {name: runs[name]() for name in names[1:]}
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, Tensor] = {}
+    for _ in range(options.repeats):
+        for name, run in runs.items():
+            taken[name].append(seconds(partial(_keep, found, name, run), "cpu"))
+            print(f"{name:<18} {taken[name][-1]:8.2f} s", flush=True)
     known = ~found["reference"].isnan()
     differ = {
         name: ((found[name] - found["reference"])[known].abs().max() / found["reference"][known].max()).item()
         for name in names[1:3]
     }
-    taken = side_by_side(runs, options.repeats, "cpu")
-    memory = {name: peak_megabytes(prepare, options.size, options.frames, name) for name in names}
+    memory = {name: peak_megabytes(prepare, options.size, options.frames, name) for name in names if options.memory}
     rows = []
     for name in names:
         row = {"what": "scoring", "variant": name, "size": options.size, "frames": options.frames}
@@ -152,7 +161,11 @@ def main() -> None:
                 f"{other}_over_this_lowest": round(ratios[0], 3),
                 f"{other}_over_this_highest": round(ratios[-1], 3),
             }
-        row |= {"peak_megabytes": round(memory[name]), "differs_from_reference": differ.get(name), **about("cpu")}
+        row |= {
+            "peak_megabytes": round(memory[name]) if memory else None,
+            "differs_from_reference": differ.get(name),
+            **about("cpu"),
+        }
         rows.append(row)
         print({k: row[k] for k in row if k not in ("hardware", "python", "torch", "transformers", "date")}, flush=True)
     write("selection-cpu", rows)
