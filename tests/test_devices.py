@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import relative_error
-from contracts.plugin_options import backbone_options, names_of, selector_options
+from contracts.plugin_options import PICKERS, backbone_options, names_of, selector_names, selector_options
 from pretend_cuda import pretend_cuda
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -314,7 +314,7 @@ def same_answers(question, here, there, exact):
         assert (ours.text, ours.frames, ours.choice) == (theirs.text, theirs.frames, theirs.choice)
 
 
-@pytest.mark.parametrize("selector", names_of("selector"))
+@pytest.mark.parametrize("selector", selector_names())
 @pytest.mark.parametrize("compressor", PLANNED_AND_NOT)
 def test_a_question_is_answered_as_on_the_cpu(
     compressor, selector, dtype, question, make_selector, clip_devices, waits
@@ -334,7 +334,7 @@ def test_a_question_is_answered_as_on_the_cpu(
     same_answers(question, here, there, waits is not None)
     clip_devices.clear()
     there.ask(question.video, question.question)
-    assert set(clip_devices) == ({"cuda"} if selector == "clip_similarity" else set())
+    assert set(clip_devices) == ({"cuda"} if selector in ("clip_similarity", *PICKERS) else set())
 
 
 def test_a_question_is_answered_from_a_configuration(tiny_run, question, make_selector, clip_devices, waits):

@@ -7,7 +7,7 @@ What a question gets does not depend on which others are asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +25,7 @@ from xcomp.decoding import VideoInfo
 from xcomp.inflight import VideoInFlight
 from xcomp.ledger import Share, Work
 from xcomp.pixels import PixelFormat
-from xcomp.selector import FrameQuery, FrameSelector
+from xcomp.selector import Candidates, FrameQuery, FrameSelector, Picker
 from xcomp.video import VideoError
 from xcomp.visual import VisualTokens
 
@@ -34,19 +34,24 @@ Refused = VideoError | QuestionError  # what is one question's outcome and not t
 
 @dataclass(frozen=True)
 class Query:
-    """A video file, the bare question, and the text put to the model (question, options, request)."""
+    """A video file, the bare question, and the text put to the model (question, options, request).
+
+    ``id`` is the benchmark's name of the question, ``events`` the (start, end) seconds of the evidence where known.
+    """
 
     video: str
     question: str
     text: str
+    id: str = ""
+    events: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The frames that a question is answered from, and if they were scored, how and by which work."""
+    """The frames that a question is answered from, and if they were scored, how (None: not asked) and by which work."""
 
     frames: tuple[int, ...]
-    scores: tuple[float, ...] | None = None
+    scores: tuple[float | None, ...] | None = None
     work: Work | None = None
 
 
@@ -68,7 +73,7 @@ class Answer:
     tokens_given: int
     work: Work = field(repr=False)
     share: Share | None = None
-    scores: list[float] | None = field(default=None, repr=False)
+    scores: list[float | None] | None = field(default=None, repr=False)
     candidate_times: list[float] | None = field(default=None, repr=False)
     choice: int | None = None
 
@@ -84,7 +89,7 @@ class Answerer:
     """A backbone, a compressor and a selector that answer questions.
 
     ``budget`` is how many frames the selector is asked for (None: all candidates are shown), ``batch_size`` how many
-    questions are written answers to at once.
+    questions are written answers to at once, ``seed`` the run's, for selectors that draw.
     """
 
     def __init__(
@@ -96,11 +101,14 @@ class Answerer:
         budget: int | None = None,
         generation: Generation | None = None,
         batch_size: int = 1,
+        seed: int = 0,
     ):
         check_methods("backbone", backbone, "encode", "prompt")
         check_pixel_format(name_of("backbone", backbone), backbone)
         if selector is not None and selector.uses_video and type(selector).score is FrameSelector.score:
             check_methods("selector", selector, "score_frames")
+        if selector is not None and budget is not None:
+            selector.check_backbone(backbone)
         if budget is not None:
             backbone.check_frames(budget)
         self.backbone = backbone
@@ -109,6 +117,7 @@ class Answerer:
         self.budget = budget
         self.generation = generation or Generation()
         self.batch_size = batch_size
+        self.seed = seed
         self.decoder = Decoder(backbone, self.compressor)
         load_compressor(self.compressor, backbone)
         self._compress_macs: dict[tuple, int] = {}
@@ -130,47 +139,79 @@ class Answerer:
     def expected(self, info: VideoInfo) -> tuple[tuple[int, ...], tuple[PixelFormat, ...]]:
         """The frames that questions about a video will need, as far as it can be said, and in which formats."""
         own = (self.backbone.pixel_format,)
-        if self._scores(info):
-            return info.candidates, (*own, *self.selector.pixel_formats(self.backbone))
+        if self._chooses(info):
+            return tuple(self.selector.looks_at(info)), (*own, *self.selector.pixel_formats(self.backbone))
         return self._by_number(info), own
 
-    def _scores(self, info: VideoInfo) -> bool:
-        """Whether the selector looks at the video before it chooses."""
+    def _chooses(self, info: VideoInfo) -> bool:
+        """Whether frames are chosen for each question; if not, they are the same for all."""
         chooses = self.budget is not None and self.budget < len(info.candidates) and self.selector is not None
-        return chooses and self.selector.uses_video
+        return chooses and (self.selector.uses_video or self.selector.scores_frames)
 
     def _by_number(self, info: VideoInfo) -> tuple[int, ...]:
         if self.budget is None or self.budget >= len(info.candidates) or self.selector is None:
             return info.candidates
-        chosen = self._select(torch.zeros(len(info.candidates)))
+        chosen = self.selector.select(torch.zeros(len(info.candidates)), self.budget)
+        self._check(chosen, len(info.candidates))
         return tuple(info.candidates[i] for i in chosen)
 
-    def _select(self, scores: Tensor) -> list[int]:
-        chosen = self.selector.select(scores, self.budget)
-        check_chosen(name_of("selector", self.selector), chosen, len(scores), self.budget)
-        return chosen
+    def _check(self, chosen: list[int], num_candidates: int) -> None:
+        who, repeats = name_of("selector", self.selector), self.selector.repeats
+        check_chosen(who, chosen, num_candidates, self.budget, repeats=repeats)
 
     def choose(self, video: VideoInFlight, queries: Sequence[Query]) -> list[Choice]:
-        """The frames for each question. Scores that another arm asked for with the same parts are taken from it."""
-        if not self._scores(video.info):
+        """The frames for each question. Scores that another arm asked for with an equal scorer are taken from it."""
+        if not self._chooses(video.info):
             return [Choice(self._by_number(video.info))] * len(queries)
-        key = id(self.selector), id(self.compressor)
-        new = [query for query in dict.fromkeys(queries) if (*key, query) not in video.scores]
-        if new:
-            with video.ledger.work("select") as shared:
-                shown = ShownVideo(video.info.duration, len(video.candidates), video.info.times)
-                asked = [FrameQuery(query.question, self._prompt(query, shown)) for query in new]
-                found = self.selector.score(video, asked, self.compressor)
-            for query, frame_query, scores in zip(new, asked, found, strict=True):
-                check_scores(name_of("selector", self.selector), scores, len(video.candidates))
-                frame_query.work.needs.add(shared)
-                video.scores[(*key, query)] = scores, frame_query.work
-        choices = []
-        for query in queries:
-            scores, work = video.scores[(*key, query)]
-            frames = tuple(video.candidates[i] for i in self._select(scores))
-            choices.append(Choice(frames, tuple(round(x, 6) for x in scores.tolist()), work))
-        return choices
+        shown = ShownVideo(video.info.duration, len(video.candidates), video.info.times)
+        asked = {q: self._frame_query(q, shown) for q in dict.fromkeys(queries)}
+        few = isinstance(self.selector, Picker) and self.selector.asks_for_few
+        if not few:
+            self._score(video, asked)
+        picked = {query: self._pick(video, query, frame_query, few) for query, frame_query in asked.items()}
+        return [picked[query] for query in queries]
+
+    def _frame_query(self, query: Query, shown: ShownVideo) -> FrameQuery:
+        more = {"id": query.id, "events": query.events, "seed": self.seed, "video": query.video}
+        return FrameQuery(query.question, self._prompt(query, shown), shown=shown, **more)
+
+    def _score(self, video: VideoInFlight, asked: Mapping[Query, FrameQuery]) -> None:
+        """Scores of the questions that lack them, in ``video.scores``."""
+        new = {q: frame_query for q, frame_query in asked.items() if self._key(q) not in video.scores}
+        if not new:
+            return
+        with video.ledger.work("select") as shared:
+            found = self.selector.score(video, list(new.values()), self.compressor)
+        for (query, frame_query), scores in zip(new.items(), found, strict=True):
+            check_scores(name_of("selector", self.selector), scores, len(video.candidates))
+            frame_query.work.needs.add(shared)
+            video.scores[self._key(query)] = scores, frame_query.work
+
+    def _key(self, query: Query) -> tuple:
+        return self.selector.key, id(self.compressor), query
+
+    def _pick(self, video: VideoInFlight, query: Query, frame_query: FrameQuery, few: bool) -> Choice:
+        """Frames for one question, from scores that are there or (``few``) are computed as they are asked for."""
+        work = Work("select")
+        if few:
+            scores = torch.zeros(len(video.candidates))
+        else:
+            scores, scored = video.scores[self._key(query)]
+            work.needs.add(scored)
+        frames = Candidates(
+            video.info.times,
+            video.info.duration,
+            frame_query,
+            score=(lambda i: self.selector.score_some(video, frame_query, i)) if few else (lambda i: scores[list(i)]),
+            embed=lambda: self.selector.embed(video, frame_query),
+        )
+        with video.ledger.charge(work):
+            chosen = self.selector.pick(scores.clone(), self.budget, frames)
+        self._check(chosen, len(video.candidates))
+        known = [frames.asked.get(i) for i in range(len(scores))] if few else scores.tolist()
+        known = tuple(None if x is None else round(x, 6) for x in known)
+        work.needs |= {frame_query.work} if few else set()
+        return Choice(tuple(video.candidates[i] for i in chosen), known, work)
 
     def _prompt(self, query: Query, shown: ShownVideo) -> Prompt:
         try:

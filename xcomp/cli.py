@@ -20,6 +20,7 @@ from xcomp.stopping import Stopped, raise_stopped, signals
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from xcomp.answering import Answer
     from xcomp.inflight import VideoInFlight
     from xcomp.model import VideoQA
 
@@ -99,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--options", nargs="+", metavar="OPTION", help="answers to choose from")
     ask.add_argument("--config", default="ask", help="a YAML file, or the name of a built-in config (default: ask)")
     ask.add_argument("--set", nargs="+", default=[], metavar="key=value", dest="overrides", help="config overrides")
+    text = "write why these frames: scores over time and thumbnails, as one HTML file"
+    ask.add_argument("--explain", metavar="FILE", help=text)
     ask.set_defaults(run=_ask)
     listing = commands.add_parser("plugins", help="list backbones, compressors, selectors and benchmarks")
     text = "folders of your own plugin files; first, if you like, one kind (a folder of that name: ./compressors)"
@@ -189,15 +192,23 @@ def _ask(options: argparse.Namespace) -> None:
     Video(options.video, reader=config.sampling.reader).close()  # before a large model is loaded for nothing
     from xcomp.model import VideoQA
 
-    model = VideoQA.from_config(config).eval()
+    model, told = VideoQA.from_config(config).eval(), []
     with model.open(options.video) as video:
         for question in _questions(options.question):
             try:
-                _answer(model, video, question, options.options)
+                answer = _answer(model, video, question, options.options)
+                if options.explain is not None:
+                    from xcomp.compare.explain import of_answer
+
+                    told.append(of_answer(options.video, question, config.selector, answer, config.sampling.reader))
             except ValueError as error:
                 if options.question is not None:
                     raise
                 print(f"xcomp: error: {' '.join(str(error).split())}", file=sys.stderr)  # the next may do
+    if options.explain is not None:
+        from xcomp.compare.explain import write_page
+
+        write_page(options.explain, options.video, told)
 
 
 def _questions(given: str | None) -> Iterator[str]:
@@ -217,15 +228,15 @@ def _line(prompt: str) -> str:
         return ""
 
 
-def _answer(model: VideoQA, video: VideoInFlight, question: str, options: Sequence[str] | None) -> None:
+def _answer(model: VideoQA, video: VideoInFlight, question: str, options: Sequence[str] | None) -> Answer:
     from transformers import TextStreamer
 
     if not options and model.answerer.generation.num_beams == 1:  # words as they come
         streamer = TextStreamer(model.backbone.tokenizer, skip_special_tokens=True)
-        model.ask(video, question, streamer=streamer)
-        return
+        return model.ask(video, question, streamer=streamer)
     answer = model.ask(video, question, options)
     print(answer.text if answer.choice is None else options[answer.choice], flush=True)
+    return answer
 
 
 def _plugins(options: argparse.Namespace) -> int:

@@ -177,13 +177,14 @@ def check_scores(who: str, scores: Any, num_frames: int) -> None:
     require(scores.isfinite().all(), who, "score_frames() must give every frame a finite score")
 
 
-def check_chosen(who: str, chosen: Any, num_frames: int, budget: int) -> None:
+def check_chosen(who: str, chosen: Any, num_frames: int, budget: int, *, repeats: bool = False) -> None:
+    """``repeats``: the selector says that a frame may be chosen several times."""
     right = isinstance(chosen, list) and all(type(i) is int for i in chosen)
     require(right, who, f"select() must return a list of int, not {chosen!r}")
     inside = all(0 <= i < num_frames for i in chosen)
     require(inside, who, f"select() must name frames within 0..{num_frames - 1}, not {chosen}")
-    ascending = all(a < b for a, b in zip(chosen, chosen[1:]))
-    require(ascending, who, f"select() must be ascending and name a frame once, not {chosen}")
+    ascending = all(a < b or (repeats and a == b) for a, b in zip(chosen, chosen[1:]))
+    require(ascending, who, f"select() must be ascending{'' if repeats else ' and name a frame once'}, not {chosen}")
     met = len(chosen) == min(budget, num_frames)
     clause = f"select() must meet the budget: {min(budget, num_frames)} of {num_frames}, not {chosen}"
     require(met, who, clause)

@@ -189,10 +189,13 @@ class VideoInFlight:
         self._frames.announce([frame for _, frame in missing], (pixel_format,))
         for start in range(0, len(missing), batch_size):
             part = [frame for _, frame in missing[start : start + batch_size]]
-            with self.ledger.work("select") as work:
-                work.macs = macs * len(part)
+            together = Work("select")
+            with self.ledger.charge(together):
                 rows = compute(self.normalised(part, pixel_format))
-            for frame, row in zip(part, rows):
+            for frame, row in zip(part, rows):  # a work each: a question may need few of them
+                needs = {self._opened, self._frames.works[frame]}
+                work = Work("select", together.seconds / len(part), macs, needs)
+                self.ledger.use(work)
                 found[key, frame] = row
                 self._tokens.put((key, frame), row, row.nbytes, work)
         return torch.stack([found[key, frame] for frame in frames])

@@ -63,12 +63,13 @@ class VideoQA(L.LightningModule):
         decoding: Decoding | None = None,
         memory: Memory | None = None,
         batch_size: int = 1,
+        seed: int = 0,
     ):
         super().__init__()
         self.sampling = sampling or Sampling()
         check_sampling(self.sampling, backbone)
         self.answerer = Answerer(
-            backbone, compressor, selector, budget=frames, generation=generation, batch_size=batch_size
+            backbone, compressor, selector, budget=frames, generation=generation, batch_size=batch_size, seed=seed
         )
         self.backbone = backbone
         self.compressor = self.answerer.compressor.to(backbone.device)
@@ -96,6 +97,7 @@ class VideoQA(L.LightningModule):
             tune=config.tune,
             memory=config.memory,
             batch_size=config.batch_size,
+            seed=config.seed,
         )
 
     # --- answering --------------------------------------------------------------------------------------------------

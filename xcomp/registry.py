@@ -277,7 +277,11 @@ def make_config(config_class: type, options: Mapping[str, Any], what: str) -> An
                 f"{what} has no option '{key}';{nearest(str(key), known)} options: {', '.join(known) or 'none'}"
             )
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), dict(options)))
+        defaults = OmegaConf.structured(config_class)
+        for field in dataclasses.fields(config_class):
+            if field.name in options and field.type in (Any, "Any"):
+                defaults[field.name] = None  # a component's node: one that is given keeps nothing of the default
+        return OmegaConf.to_object(OmegaConf.merge(defaults, dict(options)))
     except MissingMandatoryValue as error:
         raise PluginError(f"{what}: option '{error.key}' must be given; options: {', '.join(known)}") from error
     except OmegaConfBaseException as error:
@@ -293,7 +297,12 @@ def configure(
     """Import the plugin and check its options, without making it: (class, its Config)."""
     plugin_class, what = load_class(kind, name, folders), f"{kind} '{name}'"
     options, _ = _budget(kind, plugin_class, options or {}, what)
-    return plugin_class, make_config(plugin_class.Config, options, what)
+    config = make_config(plugin_class.Config, options, what)
+    if kind == "selector" and getattr(config, "scorer", None) is not None:
+        from xcomp.config import check_component
+
+        check_component(kind, config.scorer, folders)
+    return plugin_class, config
 
 
 def _budget(kind: str, plugin_class: type, options: Mapping[str, Any], what: str) -> tuple[Mapping[str, Any], Any]:
@@ -320,6 +329,8 @@ def build(kind: str, name: str, options: Mapping[str, Any] | None = None, folder
         raise PluginError(f"{kind} '{name}' breaks its contract: {clause}") from error
     made = plugin_class(config)
     made.plugin_name = name  # by which a run speaks of it, should it break its contract
+    if kind == "selector":
+        made.set_up(list(folders))
     if kind == "compressor":
         made.budget = _budget(kind, plugin_class, options or {}, f"{kind} '{name}'")[1]
     return made

@@ -32,21 +32,22 @@ _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "omegaconf", 
 # that is below it. Tuning: what it does not read, and what leaves each step's mathematics alone.
 FREE_KEYS = {
     "tune": (
-        *("arms", "batch_size", "benchmark", "decoding", "frames", "generation", "limit", "memory", "selector"),
+        *("arms", "batch_size", "benchmark", "decoding", "export_frames", "frames", "generation", "limit", "memory"),
+        "selector",
         *("tune.gradient_checkpointing", "tune.num_workers", "tune.save_dtype", "tune.save_every", "tune.steps"),
         *("tune.validation", "trainer.limit_val_batches", "trainer.num_sanity_val_steps"),
         *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"),
         *("trainer.enable_checkpointing", "trainer.default_root_dir", "trainer.profiler"),
         *("trainer.accelerator", "backbone.device"),
     ),
-    "compare": ("batch_size", "trainer", "decoding", "memory", "tune"),
-    "evaluate": ("arms", "batch_size", "trainer", "decoding", "memory", "tune"),
+    "compare": ("batch_size", "export_frames", "trainer", "decoding", "memory", "tune"),
+    "evaluate": ("arms", "batch_size", "export_frames", "trainer", "decoding", "memory", "tune"),
 }
 _LAUNCHER = "XCOMP_LAUNCHER"
 # Of the Trainer: the others cast whole models, and with them what must stay exact.
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 # Options of components that say where something is computed and how much of it at once.
-FREE_OPTIONS = ("device", "clip_batch", "frame_batch", "batch_size")
+FREE_OPTIONS = ("device", "clip_batch", "frame_batch", "batch_size", "store")
 
 
 @contextmanager

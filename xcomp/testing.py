@@ -58,7 +58,7 @@ from xcomp.inflight import VideoInFlight
 from xcomp.layout import TokenLayout
 from xcomp.pixels import PixelFormat
 from xcomp.registry import KINDS, make_config
-from xcomp.selector import FrameQuery, FrameSelector
+from xcomp.selector import Candidates, FrameQuery, FrameSelector
 from xcomp.tiny import tiny_backbone
 from xcomp.visual import VisualTokens
 
@@ -430,22 +430,50 @@ def check_selector(plugin: Any, *, backbone: Backbone | None = None, **options: 
     for clips in (1, 7):
         num_frames = clips * backbone.clip_frames
         scores = torch.zeros(num_frames)
-        if watch.plugin.uses_video:
+        if watch.plugin.uses_video or watch.plugin.scores_frames:
             scores = _check_scores(watch, backbone, num_frames)
-        for values in (scores, torch.arange(num_frames).float(), torch.zeros(num_frames)):
-            for budget in (1, max(1, num_frames // 2), num_frames, num_frames + 3):
-                check_chosen(watch.who, watch.call("select", values, budget), num_frames, budget)
+        with video_of(_frames(num_frames), backbone) as video:
+            for values in (scores, torch.arange(num_frames).float(), torch.zeros(num_frames)):
+                for budget in (1, max(1, num_frames // 2), num_frames, num_frames + 3):
+                    _check_chosen(watch, video, values, budget)
     try:
-        watch.plugin.select(torch.zeros(4), 0)
+        watch.plugin.pick(torch.zeros(4), 0, Candidates.evenly(4))
     except ValueError:
         return
     watch.require(False, "select() must refuse a budget of 0 with a ValueError")
 
 
+def _check_chosen(watch: Watch, video: VideoInFlight, scores: Tensor, budget: int) -> None:
+    """What is chosen by these scores, twice from the same, and by an equal question once more."""
+    plugin, count = watch.plugin, len(scores)
+    if type(plugin).pick is FrameSelector.pick:
+        check_chosen(watch.who, watch.call("select", scores, budget), count, budget, repeats=plugin.repeats)
+        return
+
+    def candidates() -> Candidates:
+        query = _queries(video.backbone, video.info)[0]
+        return Candidates(video.info.times, video.info.duration, query, lambda i: scores[list(i)],
+                          lambda: plugin.embed(video, query))  # fmt: skip
+
+    before = scores.clone()
+    with watch.guard("pick()"):
+        found = [plugin.pick(scores, budget, candidates()) for _ in range(2)]
+    watch.require(same(scores, before), "pick() must leave its inputs as they are, but writes into them")
+    watch.require(found[0] == found[1], "pick() must give the same for the same inputs")
+    check_chosen(watch.who, found[0], count, budget, repeats=plugin.repeats)
+
+
+def _queries(backbone: Backbone, info: VideoInfo) -> list[FrameQuery]:
+    """Two questions; the second a benchmark would know nothing of but its words."""
+    shown, events = ShownVideo(info.duration, len(info.candidates), info.times), ((0.0, info.duration / 3),)
+    texts = QUESTION, "Where is the blue arch?"
+    return [FrameQuery(t, backbone.prompt(t, shown), events=events, video=info.path, shown=shown) for t in texts]
+
+
 def _check_scores(watch: Watch, backbone: Backbone, num_frames: int) -> Tensor:
     """(T,): the scores of noise for a question."""
-    shown = ShownVideo(num_frames / 2, num_frames)
-    queries = [FrameQuery(text, backbone.prompt(text, shown)) for text in (QUESTION, "Where is the blue arch?")]
+    with video_of(_frames(num_frames), backbone) as video:
+        queries = _queries(backbone, video.info)
     prompt = queries[0].prompt
     if type(watch.plugin).score is FrameSelector.score:
         pixels = _pixels(backbone, _frames(num_frames))

@@ -40,8 +40,24 @@ def backbone_options(name: str, tokenizer: Path, layers: int = 2) -> dict[str, A
     return {"architecture": architecture, "tokenizer": module.save_tokenizer(tokenizer.with_name(name)), **more}
 
 
+PICKERS = ("top_k", "aks", "bolt", "focus", "q_frame", "mdp3")
+TOLD = ("oracle", "frames_file")  # they are told about single questions; tests of their own tell them
+
+
+def selector_names() -> list[str]:
+    """Selectors that choose frames for any question about any video."""
+    return [name for name in names_of("selector") if name not in TOLD]
+
+
 def selector_options(name: str, folder: Path) -> dict[str, Any]:
-    return {"checkpoint": save_tiny_clip(folder / "clip")} if name == "clip_similarity" else {}
+    """A picker's scorer is a tiny CLIP, in place of what its authors ran; a frame is shown once."""
+    if name != "clip_similarity" and name not in PICKERS:
+        return {}
+    clip = {"checkpoint": save_tiny_clip(folder / "clip")}
+    if name == "clip_similarity":
+        return clip
+    more = {"q_frame": {"one_resolution": True}, "bolt": {"unique": True}}
+    return {"scorer": {"name": "clip_similarity", **clip}} | more.get(name, {})
 
 
 def benchmark_options(name: str, folder: Path) -> dict[str, Any]:

@@ -8,15 +8,14 @@ from contextlib import suppress
 import pytest
 import torch
 from conftest import relative_error
-from contracts.plugin_options import backbone_options, names_of, selector_options
+from contracts.plugin_options import PICKERS, backbone_options, names_of, selector_names, selector_options
 
 import xcomp
+from xcomp.answering import Answerer, Query
 from xcomp.backbone import ShownVideo
 from xcomp.compare.runner import compare
 from xcomp.config import parse_config
-from xcomp.contract import check_chosen, check_scores
 from xcomp.decoder import QuestionNeeded
-from xcomp.selector import FrameQuery
 from xcomp.testing import video_of
 
 pytestmark = pytest.mark.device
@@ -57,7 +56,7 @@ def videos(backbones):
 @pytest.fixture(scope="module")
 def selectors(tmp_path_factory):
     folder = tmp_path_factory.mktemp("selectors")
-    return {name: xcomp.load_selector(name, **selector_options(name, folder)) for name in names_of("selector")}
+    return {name: xcomp.load_selector(name, **selector_options(name, folder)) for name in selector_names()}
 
 
 @pytest.mark.parametrize("compressor", names_of("compressor"))
@@ -87,7 +86,7 @@ def test_every_backbone_answers_under_every_compressor(backbone, compressor, bac
         assert len(decoder.generate(alone, max_new_tokens=2)) == 1
 
 
-@pytest.mark.parametrize("selector", names_of("selector"))
+@pytest.mark.parametrize("selector", selector_names())
 @pytest.mark.parametrize("compressor", names_of("compressor"))
 @pytest.mark.parametrize("backbone", names_of("backbone"))
 @torch.no_grad()
@@ -96,17 +95,54 @@ def test_every_selector_picks_frames_for_every_pair(backbone, compressor, select
     if not suits(rule, model):
         return
     for frames in videos[backbone]:
-        scores = torch.zeros(len(frames))
-        if chooser.uses_video:
-            shown = ShownVideo(4.0, len(frames))
-            queries = [FrameQuery(text, model.prompt(text, shown)) for text in (QUESTION, "Why?")]
-            with video_of(frames, model, needs=rule.needs) as video:
-                found = chooser.score(video, queries, rule)
-            for scores in found:
-                check_scores(selector, scores, len(frames))
-        chosen = chooser.select(scores, model.clip_frames)
-        check_chosen(selector, chosen, len(frames), model.clip_frames)
-        assert len(model.encode(model.preprocess(frames[chosen]))) == model.clip_frames // model.merged_frames
+        with video_of(frames, model, needs=rule.needs) as video:
+            (choice,) = Answerer(model, rule, chooser, budget=model.clip_frames).choose(video, [asked(QUESTION)])
+        assert len(choice.frames) == model.clip_frames and list(choice.frames) == sorted(set(choice.frames))
+        assert len(model.encode(model.preprocess(frames[list(choice.frames)]))) == (
+            model.clip_frames // model.merged_frames
+        )
+
+
+def asked(text):
+    return Query("given frames", text, text, text, ((0.2, 0.9),))
+
+
+@pytest.fixture(scope="module")
+def scorers(tmp_path_factory, backbones):
+    """Nodes of every scorer; the file holds scores for each question and backbone's longer video."""
+    folder = tmp_path_factory.mktemp("scorers")
+    clip = selector_options("clip_similarity", folder)
+    found = {"clip_similarity": {"name": "clip_similarity", **clip}, "random": "random", "oracle": "oracle"}
+    found["qc_comp"] = {"name": "qc_comp", "chunk_frames": 8, "clip_frames": 8, "query_bias": 1}
+    for name, model in backbones.items():
+        count = CLIPS[1] * model.clip_frames
+        rows = [{"video": "given frames", "question": text, "scores": [(7 * i) % count for i in range(count)]}
+                for text in (QUESTION, "Why?")]  # fmt: skip
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: {**found, "frames_file": {"name": "frames_file", "file": str(folder / f"{name}.jsonl")}}
+            for name in backbones}  # fmt: skip
+
+
+@pytest.mark.parametrize("scorer", ["clip_similarity", "qc_comp", "random", "oracle", "frames_file"])
+@pytest.mark.parametrize("picker", PICKERS)
+@pytest.mark.parametrize("backbone", names_of("backbone"))
+@torch.no_grad()
+def test_every_picker_takes_every_scorer(backbone, picker, scorer, backbones, videos, scorers):
+    """Budgets below, at and above the number of frames; the same alone, in a batch and once more."""
+    model = backbones[backbone]
+    options = {"one_resolution": True} if picker == "q_frame" else {}
+    chooser = xcomp.load_selector(picker, scorer=scorers[backbone][scorer], **options)
+    assert chooser.repeats == (picker == "bolt")
+    for frames in videos[backbone] if scorer != "frames_file" else videos[backbone][1:]:  # the shorter is below a clip
+        for budget in (model.clip_frames, len(frames), len(frames) + model.clip_frames):
+            answerer, found = Answerer(model, xcomp.load_compressor("lp_comp"), chooser, budget=budget), []
+            for questions in ([asked(QUESTION), asked("Why?")], [asked(QUESTION)], [asked("Why?"), asked(QUESTION)]):
+                with video_of(frames, model) as video:
+                    found.append({q.text: c.frames for q, c in zip(questions, answerer.choose(video, questions))})
+            assert found[0][QUESTION] == found[1][QUESTION] == found[2][QUESTION] and found[0] == found[2]
+            for chosen in found[0].values():
+                assert len(chosen) == min(budget, len(frames)) and list(chosen) == sorted(chosen)
+                assert chooser.repeats or len(set(chosen)) == len(chosen)
 
 
 @pytest.mark.parametrize("backbone", names_of("backbone"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from contracts.plugin_options import names_of, selector_options
+from contracts.plugin_options import names_of, selector_names, selector_options
 
 import xcomp
 from xcomp.checkpoint import DTYPES
@@ -37,11 +37,11 @@ def test_without_a_backbone_a_tiny_one_serves():
 @pytest.fixture(scope="module")
 def selectors(tmp_path_factory):
     folder = tmp_path_factory.mktemp("selectors")
-    return {name: xcomp.load_selector(name, **selector_options(name, folder)) for name in names_of("selector")}
+    return {name: xcomp.load_selector(name, **selector_options(name, folder)) for name in selector_names()}
 
 
 @pytest.mark.device
-@pytest.mark.parametrize("selector", names_of("selector"))
+@pytest.mark.parametrize("selector", selector_names())
 @pytest.mark.parametrize("compressor", names_of("compressor"))
 def test_every_pair_answers_a_question(compressor, selector, selectors, needle_videos, device, dtype):
     backbone, rule = tiny_backbone().to(device, DTYPES[dtype]), xcomp.load_compressor(compressor)
@@ -51,7 +51,7 @@ def test_every_pair_answers_a_question(compressor, selector, selectors, needle_v
     answer = qa.ask(question.video, question.question, question.options)
     assert len(set(answer.frames)) == 6 and answer.frames == sorted(answer.frames)
     assert len(answer.tokens_per_layer) == 4 and min(answer.tokens_per_layer) >= 1
-    assert (answer.scores is not None) == selectors[selector].uses_video
+    assert (answer.scores is not None) == selectors[selector].scores_frames
     # the same by hand, from the frames that it says it saw
     with torch.no_grad(), xcomp.video.Video(question.video) as video:
         pixels = backbone.preprocess(video.frames(answer.frames))

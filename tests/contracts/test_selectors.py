@@ -6,33 +6,40 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from contracts.plugin_options import names_of, selector_options
+from contracts.plugin_options import selector_names, selector_options
 
 import xcomp
 from xcomp.checkpoint import DTYPES
 from xcomp.registry import load_class
+from xcomp.selector import Candidates, Embeddings
 from xcomp.testing import ContractError, check_selector, tiny_backbone
 
 
 @pytest.mark.device
-@pytest.mark.parametrize("name", names_of("selector"))
+@pytest.mark.parametrize("name", selector_names())
 def test_contract(name, tmp_path, device, dtype):
     backbone = tiny_backbone().to(device, DTYPES[dtype])
     check_selector(load_class("selector", name), backbone=backbone, **selector_options(name, tmp_path))
 
 
 @pytest.mark.device
-@pytest.mark.parametrize("name", names_of("selector"))
+@pytest.mark.parametrize("name", selector_names())
 def test_contract_with_another_language_model(name, tmp_path, device, dtype):
     backbone = tiny_backbone(family="llama", tokens_per_frame=3, layers=2).to(device, DTYPES[dtype])
     check_selector(load_class("selector", name), backbone=backbone, **selector_options(name, tmp_path))
 
 
-@pytest.mark.parametrize("name", names_of("selector"))
+@pytest.mark.parametrize("name", selector_names())
 def test_equal_scores_are_chosen_from_by_number(name, tmp_path):
     """Whatever the score is that all frames have."""
     selector = xcomp.load_selector(name, **selector_options(name, tmp_path))
-    chosen = [selector.select(torch.full((9,), value), 4) for value in (0.0, 1.0, -3.0)]
+    vectors = torch.nn.functional.normalize(torch.randn(10, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    frames = Candidates([float(i) for i in range(9)], 9.0, embed=lambda: Embeddings(vectors[:9], vectors[9:]))
+    chosen = []
+    for value in (0.0, 1.0, -3.0):
+        scores = torch.full((9,), value)
+        frames.asked, frames.score = {}, lambda places, scores=scores: scores[list(places)]
+        chosen.append(selector.pick(scores, 4, frames))
     assert chosen[0] == chosen[1] == chosen[2] and len(chosen[0]) == 4
 
 

@@ -6,7 +6,7 @@ from conftest import relative_error
 from PIL import Image
 from tiny_clip import save_tiny_clip
 from torch.nn.functional import interpolate
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+from transformers import AutoTokenizer, BlipForImageTextRetrieval, CLIPImageProcessorPil, CLIPModel, SiglipModel
 
 import xcomp
 from xcomp.backbone import ShownVideo
@@ -109,3 +109,82 @@ def test_a_tokenizer_that_does_not_close_a_text_is_refused(tmp_path):
 def test_options_are_checked(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         xcomp.load_selector("clip_similarity", checkpoint=str(tmp_path), **options)
+
+
+# --- SigLIP, BLIP-ITM, and other readings of the same embeddings ------------------------------------------------------
+
+
+def pictures(folder, frames):
+    images = [Image.fromarray(f) for f in frames.numpy()]
+    return CLIPImageProcessorPil.from_pretrained(folder)(images, return_tensors="pt").pixel_values
+
+
+@torch.no_grad()
+def test_siglip_equals_transformers(tmp_path, frames):
+    folder = save_tiny_clip(tmp_path, kind="siglip")
+    model = SiglipModel.from_pretrained(folder)
+    text = AutoTokenizer.from_pretrained(folder)([QUESTION], padding="max_length", max_length=8, return_tensors="pt")
+    theirs = model(input_ids=text.input_ids, pixel_values=pictures(folder, frames)).logits_per_image[:, 0]
+    ours = scores_of(xcomp.load_selector("clip_similarity", checkpoint=folder, similarity="logits"), frames)
+    assert relative_error(ours, theirs) < 1e-5 and theirs.std() > 0.01
+    cosines = scores_of(xcomp.load_selector("clip_similarity", checkpoint=folder), frames)
+    assert relative_error(cosines, (theirs - model.logit_bias) / model.logit_scale.exp()) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("similarity", [None, "cosine"])
+def test_blip_equals_transformers(tmp_path, frames, similarity):
+    folder = save_tiny_clip(tmp_path, kind="blip")
+    model, text = BlipForImageTextRetrieval.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    given = text([QUESTION] * len(frames), return_tensors="pt")
+    inputs = {"input_ids": given.input_ids, "attention_mask": given.attention_mask}
+    found = model(**inputs, pixel_values=pictures(folder, frames), use_itm_head=similarity is None).itm_score
+    theirs = found.softmax(-1)[:, 1] if similarity is None else found[:, 0]
+    selector = xcomp.load_selector("clip_similarity", checkpoint=folder, similarity=similarity, batch_size=3)
+    assert relative_error(scores_of(selector, frames), theirs) < 1e-5 and theirs.std() > 1e-3
+    counted = selector.cost(None, 7, FrameQuery(QUESTION, None), None)
+    assert counted.video_macs > 0 and counted.question_macs > 0
+
+
+@torch.no_grad()
+def test_a_plain_product_is_not_normalised(folder, frames):
+    model = CLIPModel.from_pretrained(folder)
+    text = AutoTokenizer.from_pretrained(folder)([QUESTION], return_tensors="pt")
+    seen = model.get_image_features(pixel_values=pictures(folder, frames)).pooler_output
+    said = model.get_text_features(input_ids=text.input_ids, attention_mask=text.attention_mask).pooler_output
+    ours = scores_of(xcomp.load_selector("clip_similarity", checkpoint=folder, similarity="dot"), frames)
+    assert relative_error(ours, (seen @ said.T)[:, 0]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_long_question_can_be_the_mean_of_its_pieces(folder, frames):
+    words = "which symbol is the first red ring".split()
+    selector = xcomp.load_selector("clip_similarity", checkpoint=folder, long_text="mean")
+    mean = scores_of(selector, frames, " ".join(words + words))
+    assert relative_error(mean, scores_of(selector, frames, " ".join(words))) < 1e-5  # two pieces, both the same
+    cut = xcomp.load_selector("clip_similarity", checkpoint=folder)
+    longer = " ".join(words + ["what", "colour"])
+    assert relative_error(scores_of(selector, frames, longer), scores_of(cut, frames, longer)) > 1e-3
+
+
+def test_a_questions_macs_are_counted_once_a_length(folder, frames, monkeypatch):
+    from xcomp.selectors import clip_similarity
+
+    selector, counted, count = xcomp.load_selector("clip_similarity", checkpoint=folder), [], clip_similarity.count_macs
+    monkeypatch.setattr(clip_similarity, "count_macs", lambda run: counted.append(1) or count(run))
+    scores_of(selector, frames, "which symbol", "what ring", "which symbol appears", "what colour is")
+    assert len(counted) == 1 + 2  # a frame, and texts of two lengths
+
+
+@pytest.mark.parametrize("kind, similarity", [("clip", "match"), ("blip", "logits")])
+def test_a_similarity_that_the_model_does_not_give_is_refused(tmp_path, kind, similarity):
+    with pytest.raises(ValueError, match=f"similarity '{similarity}' is not what a {kind} model gives"):
+        folder = save_tiny_clip(tmp_path, kind=kind)
+        xcomp.load_selector("clip_similarity", checkpoint=folder, similarity=similarity)
+
+
+def test_a_model_without_a_text_tower_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "siglip_vision_model"}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="describes a vision tower without a text tower"):
+        xcomp.load_selector("clip_similarity", checkpoint=str(tmp_path))

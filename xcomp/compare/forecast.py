@@ -126,7 +126,7 @@ def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -
     encoded, found.macs = num_frames, {"vision": None, "select": 0, "prefill": prefill.macs, "answer": asked.macs}
     if chooses and answerer.budget < num_candidates and answerer.selector.uses_video:
         every = ShownVideo(info.duration, num_candidates, info.times)
-        frame_query = FrameQuery(query.question, backbone.prompt(query.text, every))
+        frame_query = FrameQuery(query.question, backbone.prompt(query.text, every), shown=every)
         cost = answerer.selector.cost(backbone, num_candidates, frame_query, answerer.compressor)
         if cost is None:
             found.macs["select"] = None

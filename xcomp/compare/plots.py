@@ -241,7 +241,7 @@ def selection_plot(rows: Sequence[SelectionRow]) -> Figure | None:
 
 def _draw_selection(axes: Axes, index: int, record: Record, scale: float, colour: str) -> None:
     """Ticks at the frames; above them the score, where it is known. ``scale`` is seconds a unit of the axis."""
-    curve = _score_curve(record)
+    curve = score_curve(record)
     top, bottom = (0.05, 0.36) if curve is not None else (-0.16, 0.16)
     times = np.array(record["times"]) / scale
     # Hundreds of ticks must not melt into a bar.
@@ -251,7 +251,7 @@ def _draw_selection(axes: Axes, index: int, record: Record, scale: float, colour
         axes.plot(curve[0] / scale, index - 0.02 - 0.36 * curve[1], color=colour, linewidth=0.9, alpha=0.9, zorder=2)
 
 
-def _score_curve(record: Record) -> tuple[np.ndarray, np.ndarray] | None:
+def score_curve(record: Record) -> tuple[np.ndarray, np.ndarray] | None:
     """Candidate times in seconds and scores scaled to 0..1; None where there are none."""
     scores, times = record.get("scores"), record.get("candidate_times")
     if not scores or not times or len(scores) != len(times):
@@ -279,7 +279,7 @@ def _selection_axes(axes: Axes, rows: Sequence[SelectionRow], end: float, unit: 
 def _selection_title(rows: Sequence[SelectionRow]) -> str:
     record = rows[0].record
     parts = ["ticks: frames shown"]
-    if any(_score_curve(row.record) is not None for row in rows):
+    if any(score_curve(row.record) is not None for row in rows):
         parts.append("curve: frame score")
     if record.get("events"):
         parts.append("shaded: the evidence")

@@ -141,3 +141,22 @@ def merge_records(folder: Path, keep: Sequence[tuple[str, str]]) -> list[Record]
     for other in folder.glob("records.rank*.jsonl"):
         other.unlink()
     return records
+
+
+def export_frames(path: Path, records: Iterable[Record]) -> None:
+    """The frames of each answered question and arm as JSON lines, as the selector ``frames_file`` reads them.
+
+    ``frames`` are numbers within the video file, ``seconds`` their times; where candidates were scored, ``scores``
+    stand beside ``candidate_seconds`` (null: not asked for).
+    """
+    lines = []
+    for line in records:
+        if line.get("error"):
+            continue
+        row = {"video": line["video"], "question_id": line["question_id"], "arm": line["arm"]}
+        row |= {"frames": line["frames"], "seconds": line["times"]}
+        if line.get("scores") is not None:
+            row |= {"scores": line["scores"], "candidate_seconds": line["candidate_times"]}
+        lines.append(json.dumps(row) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(lines))

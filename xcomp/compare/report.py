@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xcomp.compare import plots
+from xcomp.compare.explain import explanation
 from xcomp.compare.plots import Legend
 from xcomp.compare.records import read_records
 from xcomp.compare.statistics import ArmSummary, PairedDifference, Proportion, Record, holm, paired, summarise
@@ -43,6 +44,7 @@ METRICS = {
     "seconds": {"unit": "seconds a question, alone on a fresh video, by stage (means)", "direction": "lower"},
     "seconds_amortised": {"unit": "seconds a question, shared work divided, by stage (means)", "direction": "lower"},
     "peak_memory": {"unit": "bytes", "direction": "lower"},
+    "event_recall": {"unit": "share of a question's events of which a frame was shown", "direction": "higher"},
 }
 
 
@@ -273,7 +275,7 @@ def _write(path: Path, content: bytes) -> None:
 
 # --- the page ----------------------------------------------------------------------------------------------------
 
-_CSS = """
+CSS = """
 :root { color-scheme: light; --ink: #222; --muted: #666; --line: #ddd; --accent: #0072b2; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1000px; padding: 2.5rem 1.5rem 4rem; color: var(--ink); background: #fff;
@@ -314,14 +316,14 @@ def _page(results: Results, pictures: Mapping[str, bytes]) -> str:
         _section("Cost by stage", _cost_table(results)),
         _section("Accuracy by category", _category_table(results)),
         _section("Tokens through the layers", _image("tokens_per_layer", pictures)),
-        _section("Frames shown", _image("selected_frames", pictures)),
+        _section("Frames shown", _recall_table(results) + _image("selected_frames", pictures) + _frames(results)),
         _section("Questions that failed to run", _error_table(results)),
         _section("Run it again", _rerun(results)),
     ]
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name} – xcomp comparison</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
+        f"<title>{name} – xcomp comparison</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
         f"{''.join(sections)}</body>\n</html>\n"
     )
 
@@ -490,6 +492,20 @@ def _category_table(results: Results) -> str:
 def _category_cell(summary: ArmSummary, name: str) -> str:
     share = summary.categories.get(name)
     return f"{100 * share.value:.1f} <small>({share.correct}/{share.n})</small>" if share else "–"
+
+
+def _recall_table(results: Results) -> str:
+    """How often each arm showed the evidence; nothing where no benchmark knows it."""
+    known = [summary for summary in results.summaries if not math.isnan(summary.event_recall)]
+    rows = [[_arm(s.arm), _number(s.num_frames), f"{100 * s.event_recall:.1f}"] for s in known]
+    note = "Of the events that a question is about, the share of which at least one frame was shown (mean)."
+    return _table(["arm", "frames", "events shown %"], rows) + _note(note) if rows else ""
+
+
+def _frames(results: Results) -> str:
+    """The frames of the picture above, as pictures on the video's time axis."""
+    rows = plots.selection_example(results.records, results.arms)
+    return explanation([(row.label, row.record) for row in rows])
 
 
 def _error_table(results: Results) -> str:

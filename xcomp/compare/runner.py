@@ -27,7 +27,16 @@ from xcomp.answering import Answer, Answerer, Query
 from xcomp.backbone import Backbone, check_device
 from xcomp.benchmark import Benchmark, Question
 from xcomp.compare.arms import ResolvedArm, resolve_arms
-from xcomp.compare.records import RECORDS, Record, append_records, merge_records, rank_file, read_records, record
+from xcomp.compare.records import (
+    RECORDS,
+    Record,
+    append_records,
+    export_frames,
+    merge_records,
+    rank_file,
+    read_records,
+    record,
+)
 from xcomp.compare.report import read_run, table, write_report
 from xcomp.compare.statistics import summarise
 from xcomp.compare.tasks import VideoTask, share_out
@@ -82,7 +91,7 @@ class Comparison:
             self._read_questions()
             if not any(map(self.open_tasks, self.groups.values())):
                 with hold_run(folder):
-                    merge_records(folder, self._order)
+                    self._export(merge_records(folder, self._order))
                     return report(folder)
         with ExitStack() as stack:
             if trainer.is_global_zero:
@@ -102,8 +111,12 @@ class Comparison:
             trainers[key].strategy.barrier()
             if not trainer.is_global_zero:
                 return folder
-            merge_records(folder, self._order)
+            self._export(merge_records(folder, self._order))
             return report(folder)
+
+    def _export(self, records: Iterable[Record]) -> None:
+        if self.config.export_frames is not None:
+            export_frames(Path(self.config.export_frames), records)
 
     @property
     def _order(self) -> list[tuple[str, str]]:
@@ -169,7 +182,12 @@ class Comparison:
                     parts[key] = build_component(kind, node, config.plugins)
                 own.append(parts[key])
             answerers[arm.name] = Answerer(
-                backbone, *own, budget=arm.frames, generation=config.generation, batch_size=config.batch_size
+                backbone,
+                *own,
+                budget=arm.frames,
+                generation=config.generation,
+                batch_size=config.batch_size,
+                seed=config.seed,
             )
         return Panel(backbone, answerers, self.benchmark).eval()
 
@@ -246,7 +264,7 @@ class Panel(L.LightningModule):
         return len(records)
 
     def _answer(self, arm: str, video: VideoInFlight, asked: list[Question]) -> list[Any]:
-        queries = [Query(q.video, q.question, self.benchmark.prompt(q)) for q in asked]
+        queries = [Query(q.video, q.question, self.benchmark.prompt(q), q.id, q.events) for q in asked]
         try:
             return self.answerers[arm].answer(video, queries)
         except VideoError as error:

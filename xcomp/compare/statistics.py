@@ -48,7 +48,8 @@ class ArmSummary:
     answers in ``accuracy``. ``accuracy_asked`` leaves out those that failed to run; None if all did. ``macs`` and
     ``seconds`` are by stage, as a question would take them alone on a fresh video; ``seconds_amortised`` divides what
     was shared by those who shared it. ``seconds_quartiles`` are those of a whole question alone. ``peak_memory`` is the
-    largest seen, in bytes, of the host and (on CUDA) of the device.
+    largest seen, in bytes, of the host and (on CUDA) of the device. ``event_recall`` is the share of a question's
+    events of which at least one frame was shown, where the benchmark knows them; NaN where it does not.
     """
 
     arm: str
@@ -66,6 +67,7 @@ class ArmSummary:
     seconds_quartiles: tuple[float, float]
     peak_memory: dict[str, int]
     categories: dict[str, Proportion]
+    event_recall: float = math.nan
 
     @property
     def total_macs(self) -> float:
@@ -141,7 +143,17 @@ def _summarise_arm(arm: str, records: list[Record], resamples: int, seed: int) -
         seconds_quartiles=(low, high),
         peak_memory=_largest(ran, "peak_memory"),
         categories={name: accuracy(group, resamples=resamples, seed=seed) for name, group in categories},
+        event_recall=_event_recall(ran),
     )
+
+
+def _event_recall(records: Iterable[Record]) -> float:
+    shares = []
+    for record in records:
+        events, times = record.get("events") or [], record.get("times") or []
+        if events:
+            shares.append(sum(any(start <= t <= end for t in times) for start, end in events) / len(events))
+    return sum(shares) / len(shares) if shares else math.nan
 
 
 def accuracy(records: Sequence[Record], *, resamples: int = RESAMPLES, seed: int = 0) -> Proportion:
