@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from xcomp.messages import nearest
-from xcomp.registry import KINDS, build, configure
+from xcomp.registry import KINDS, PluginError, build, configure, split_node
 from xcomp.shipped import built_in
 
 TRAINABLE = ("llm", "projector", "vision", "compressor")
@@ -503,11 +503,10 @@ def frame_budgets(frames: Any, where: str) -> list[int | None]:
 
 def split_component(kind: str, node: Any) -> tuple[str, dict[str, Any]]:
     """``name`` or ``{name: …, option: …}`` → (name, options)."""
-    if isinstance(node, str):
-        return node, {}
-    if isinstance(node, Mapping) and isinstance(node.get("name"), str):
-        return node["name"], {k: v for k, v in node.items() if k != "name"}
-    raise ConfigError(f"{kind} is {node!r}; it must be a plugin's name or a mapping with 'name' and its options")
+    try:
+        return split_node(kind, node)
+    except PluginError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_component(kind: str, node: Any, folders: Sequence[str] = ()) -> None:

@@ -291,6 +291,15 @@ def make_config(config_class: type, options: Mapping[str, Any], what: str) -> An
         raise PluginError(f"{what}: {error}") from error
 
 
+def split_node(kind: str, node: Any) -> tuple[str, dict[str, Any]]:
+    """``name`` or ``{name: …, option: …}`` → (name, options)."""
+    if isinstance(node, str):
+        return node, {}
+    if isinstance(node, Mapping) and isinstance(node.get("name"), str):
+        return node["name"], {key: value for key, value in node.items() if key != "name"}
+    raise PluginError(f"{kind} is {node!r}; it must be a plugin's name or a mapping with 'name' and its options")
+
+
 def configure(
     kind: str, name: str, options: Mapping[str, Any] | None = None, folders: Iterable[str | Path] = ()
 ) -> tuple[type, Any]:
@@ -299,9 +308,7 @@ def configure(
     options, _ = _budget(kind, plugin_class, options or {}, what)
     config = make_config(plugin_class.Config, options, what)
     if kind == "selector" and getattr(config, "scorer", None) is not None:
-        from xcomp.config import check_component
-
-        check_component(kind, config.scorer, folders)
+        configure(kind, *split_node("scorer", config.scorer), folders)
     return plugin_class, config
 
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xcomp.compare import plots
-from xcomp.compare.explain import explanation
+from xcomp.compare.explain import CSS, explanation
 from xcomp.compare.plots import Legend
 from xcomp.compare.records import read_records
 from xcomp.compare.statistics import ArmSummary, PairedDifference, Proportion, Record, holm, paired, summarise
@@ -275,30 +275,6 @@ def _write(path: Path, content: bytes) -> None:
 
 # --- the page ----------------------------------------------------------------------------------------------------
 
-CSS = """
-:root { color-scheme: light; --ink: #222; --muted: #666; --line: #ddd; --accent: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1000px; padding: 2.5rem 1.5rem 4rem; color: var(--ink); background: #fff;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
-h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 2.75rem 0 .5rem; padding-top: .9rem; border-top: 1px solid var(--line); }
-p { margin: .5rem 0; } .lead, .note { color: var(--muted); } .note { font-size: .875rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.25rem; margin: 1.25rem 0 0;
-  font-size: .9rem; } dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; border-bottom: 2px solid var(--ink); vertical-align: bottom; white-space: normal; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal;
-  overflow-wrap: anywhere; min-width: 9rem; }
-.text { white-space: normal; overflow-wrap: anywhere; }
-tbody tr:hover { background: #f6f8fa; } small { color: var(--muted); font-size: .8rem; }
-img { display: block; width: 100%; max-width: 900px; height: auto; margin: 1rem auto 0; }
-pre { background: #f6f8fa; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; line-height: 1.45; }
-code { font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, "Liberation Mono", monospace; }
-summary { cursor: pointer; color: var(--accent); }
-@media print { details > pre { white-space: pre-wrap; } h2 { break-after: avoid; } img, tr { break-inside: avoid; } }
-"""
 
 _CAPTIONS = {
     "accuracy": "Share of questions answered rightly, with 95 % intervals.",
