@@ -24,7 +24,7 @@ from transformers import Qwen2Config, Qwen2Model
 
 import xcomp
 from xcomp.backbone import Backbone
-from xcomp.cost import LLMShape, prefill_cost
+from xcomp.cost import LLMShape, pass_cost, planned_layers
 from xcomp.decoder import Decoder
 
 TOKENS = 16  # a frame
@@ -106,19 +106,11 @@ def _decoder(backbone: Backbone, variant: str) -> Decoder:
 
 
 def macs(backbone: Backbone, variant: str, frames: int) -> int:
-    """Multiply-accumulates with attention counted causally, as they are needed."""
+    """Multiply-accumulates as they are run: attention causally."""
     name, drop_early = VARIANTS[variant]
     plan = xcomp.load_compressor(name).plan(backbone.num_layers, TOKENS)
-    kept = [frames * len(slots) for slots in plan]
-    shape = LLMShape.from_config(backbone.text_config)
-    options = dict(causal=True, num_frames=frames, prefix_tokens=PREFIX)
-    everything = prefill_cost(shape, kept, PREFIX + SUFFIX, **options).macs
-    if drop_early == "query":
-        return prefill_cost(shape, kept, PREFIX + SUFFIX, computed_per_layer=[*kept[1:], 0], **options).macs
-    if drop_early == "output":  # attention is computed for all, its projection and the MLP for those that stay
-        row = shape.hidden * (shape.query_width + 3 * shape.intermediate)
-        return everything - (kept[0] - kept[-1]) * row
-    return everything
+    layers = planned_layers(plan, frames, PREFIX, SUFFIX, drop_early=drop_early)
+    return pass_cost(LLMShape.from_config(backbone.text_config), layers, head_positions=1).macs
 
 
 def measure_prefill(

@@ -142,3 +142,11 @@ def test_the_installed_command_writes_every_kind_of_plugin(installed):
         assert "wrote fresh/" in installed("-m", "xcomp.cli", "new", kind, f"fresh_{kind}", "--folder", "fresh")
     listed = installed("-m", "xcomp.cli", "plugins", "fresh")
     assert all(f"fresh_{kind}" in listed for kind in KINDS) and "broken" not in listed
+
+
+def test_the_scripts_that_measure_can_be_imported():
+    folder = CHECKOUT / "perf"
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.py")))
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = ['{folder}', '{CHECKOUT}']; import {names}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
