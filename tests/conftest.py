@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from pretend_cuda import pretend_cuda
@@ -22,6 +24,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: as many, or sums differ in the last bit
     torch.set_num_threads(1)  # the tests' tensors are small: threads that wait for each other cost more than they bring
     if config.getoption("device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: there is no CUDA device here")
