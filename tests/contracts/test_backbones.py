@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import FAMILIES
-from contracts.plugin_options import TOLD, backbone_options, names_of, selector_options
+from contracts.plugin_options import backbone_options, names_of, selector_names, selector_options
 
 from xcomp.answering import Answerer, Query
 from xcomp.backbone import Backbone, FrameText, Prompt
@@ -255,7 +255,7 @@ def test_a_backbone_that_writes_between_frames_passes(compressor):
     check_compressor(load_class("compressor", compressor), backbone=backbone)
 
 
-@pytest.mark.parametrize("selector", [name for name in names_of("selector") if name not in TOLD])
+@pytest.mark.parametrize("selector", selector_names())
 def test_selectors_choose_for_a_backbone_that_writes_between_frames(selector, tmp_path):
     torch.manual_seed(0)
     backbone = WithStamps(WithStamps.Config()).eval()
