@@ -38,7 +38,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from xcomp.backbone import Backbone, Prompt, ShownVideo, attention_probabilities
+from xcomp.backbone import Backbone, Prompt, ShownVideo, attention_probabilities, watched_layer
 from xcomp.checkpoint import (
     build_model,
     check_ids,
@@ -159,10 +159,6 @@ def tokens_per_frame(config: PreTrainedConfig) -> int:
     return (side // config.spatial_pool_stride) ** 2
 
 
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
 # --- the backbone -----------------------------------------------------------------------------------------------------
 
 
@@ -253,22 +249,11 @@ class LlavaNextVideo(Backbone):
         index = index if isinstance(index, int) else index[-1]
         layers = [module for module in self.model.model.vision_tower.modules() if hasattr(module, "self_attn")]
         layer = layers[index - 1 if index > 0 else index]
-        seen: dict[str, Tensor] = {}
-        hooks = [
-            getattr(layer.self_attn, f"{name}_proj").register_forward_hook(
-                lambda module, given, out, name=name: seen.update({name: out})
-            )
-            for name in ("q", "k")
-        ]
-        hooks.append(layer.register_forward_hook(lambda module, given, out: seen.update(hidden=_first(out))))
         tokens, parts = [], []
-        try:
+        with watched_layer(layer) as seen:
             for frames in pixels.split(self.config.frame_batch):
                 tokens.append(self._tokens(frames))
                 parts.append(self._tower(layer.self_attn.head_dim, **seen))
-        finally:
-            for hook in hooks:
-                hook.remove()
         return torch.cat(tokens), {name: torch.cat([part[name] for part in parts]) for name in features}
 
     def _tower(self, head_dim: int, q: Tensor, k: Tensor, hidden: Tensor) -> dict[str, Tensor]:

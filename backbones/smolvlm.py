@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from transformers import PreTrainedConfig, SmolVLMForConditionalGeneration
 
-from xcomp.backbone import Backbone, FrameText, Prompt, ShownVideo, attention_probabilities
+from xcomp.backbone import Backbone, FrameText, Prompt, ShownVideo, attention_probabilities, watched_layer
 from xcomp.checkpoint import (
     build_model,
     check_ids,
@@ -237,19 +237,11 @@ class SmolVLM(Backbone):
         that they receive.
         """
         layer = self.model.model.vision_model.encoder.layers[-1]
-        seen: dict[str, Tensor] = {}
-        hooks = [
-            module.register_forward_hook(lambda module, given, out, name=name: seen.update({name: out}))
-            for name, module in (("q", layer.self_attn.q_proj), ("k", layer.self_attn.k_proj), ("hidden", layer))
-        ]
         tokens, parts = [], []
-        try:
+        with watched_layer(layer) as seen:
             for frames in pixels.split(self.config.frame_batch):
                 tokens.append(self._tokens(frames))
                 parts.append(self._tower(layer.self_attn.head_dim, **seen))
-        finally:
-            for hook in hooks:
-                hook.remove()
         return torch.cat(tokens), {name: torch.cat([part[name] for part in parts]) for name in features}
 
     def _tower(self, head_dim: int, q: Tensor, k: Tensor, hidden: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -109,6 +109,24 @@ def exact_frequencies(module: nn.Module) -> Iterator[None]:
         owner, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner)
         setattr(owner, leaf, buffer.to(getattr(owner, leaf).device))
+
+
+@contextmanager
+def watched_layer(layer: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Of a vision tower's layer, as transformers builds it, what its last pass projected and gave: ``q`` and ``k``
+    (T, P, W) before they are split into heads, ``hidden`` (T, P, W)."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, given, out: seen.update({name: out[0] if isinstance(out, tuple) else out})
+
+    parts = {"q": layer.self_attn.q_proj, "k": layer.self_attn.k_proj, "hidden": layer}
+    hooks = [module.register_forward_hook(note(name)) for name, module in parts.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
