@@ -70,6 +70,11 @@ class State:
     answer_state: dict[str, Any] = field(default_factory=dict)  # of a rule that looks on while answers are written
     rule_macs: list[int] = field(default_factory=list)  # of a rule's own look at the data, for each sample
 
+    @classmethod
+    def empty(cls, batch: int, batched: bool) -> State:
+        """Before anything has run."""
+        return cls(DynamicCache(), [], TokenLayout.text([0] * batch), None, batched, rule_macs=[0] * batch)
+
     @property
     def layouts(self) -> list[TokenLayout]:
         """Who is where in each layer's cache."""
@@ -166,14 +171,7 @@ class Decoder:
         merged frames before the first layer, their tokens stand where the first of them was.
         """
         hidden, layout, tokens_per_frame, batched = self._assemble(tokens, prefix_ids, suffix_ids, frame_texts)
-        state = State(
-            DynamicCache(),
-            [],
-            TokenLayout.text([0] * len(hidden)),
-            None,
-            batched,
-            rule_macs=[0] * len(hidden),
-        )
+        state = State.empty(len(hidden), batched)
         observed = 0
         if self.observer is not None:
             if len(hidden) > 1:
@@ -223,14 +221,7 @@ class Decoder:
         hidden, layout, tokens_per_frame, _ = self._assemble(tokens, prefix_ids, suffixes, frame_texts)
         if self.plan(tokens_per_frame) is None:
             self._refuse_to_store()
-        state = State(
-            DynamicCache(),
-            [],
-            TokenLayout.text([0] * len(hidden)),
-            None,
-            batched,
-            rule_macs=[0] * len(hidden),
-        )
+        state = State.empty(len(hidden), batched)
         self._run(hidden, layout, tokens_per_frame, wanted=None, state=state)
         return state
 
@@ -509,25 +500,9 @@ class Decoder:
             return checkpoint(part, *args, use_reentrant=False)
         return part(*args)
 
-    def _layer_body(
-        self,
-        layer: int,
-        hidden: Tensor,
-        rotary: Rotary,
-        cache: DynamicCache | None,
-        layout: TokenLayout | TextBehind,
-        queries: Tensor | None,
-        outputs: Tensor | None,
-        observe: Callable[[Tensor, Tensor], None] | None = None,
-        offset: int = 0,
-    ) -> Tensor:
-        """One transformer layer over new positions (B, S, D), whose keys follow those of the cache.
-
-        ``queries`` (B, R) are the new positions that attend (None: all), ``outputs`` those that leave the layer (None:
-        those that attend). ``layout`` describes all keys, and ``offset`` is the first new position's place in it.
-        """
-        hidden = self._attention_half(layer, hidden, rotary, cache, layout, queries, outputs, observe, offset)
-        return self.backbone.add_mlp(layer, hidden)
+    def _layer_body(self, layer: int, *args: Any) -> Tensor:
+        """One transformer layer: the arguments of :meth:`_attention_half`."""
+        return self.backbone.add_mlp(layer, self._attention_half(layer, *args))
 
     def _attention_half(
         self,
@@ -541,7 +516,11 @@ class Decoder:
         observe: Callable[[Tensor, Tensor], None] | None = None,
         offset: int = 0,
     ) -> Tensor:
-        """Of the arguments of :meth:`_layer_body`, what the MLP takes."""
+        """First half of a layer over new positions (B, S, D), whose keys follow those of the cache: what the MLP takes.
+
+        ``queries`` (B, R) are the new positions that attend (None: all), ``outputs`` those that leave the layer (None:
+        those that attend). ``layout`` describes all keys, and ``offset`` is the first new position's place in it.
+        """
         backbone = self.backbone
         normed, keys, values = self._keys_values(layer, hidden, rotary, cache)
         rows = queries
