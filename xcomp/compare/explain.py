@@ -18,8 +18,11 @@ from PIL import Image
 
 from xcomp.answering import Answer
 from xcomp.compare.plots import COLOURS, EVENT, GRID, INK, MUTED, part_label, score_curve
+from xcomp.config import Decoding, Sampling
+from xcomp.decoding import DecodingPool
+from xcomp.pixels import PixelFormat
 from xcomp.run import write_atomically
-from xcomp.video import Video, VideoError
+from xcomp.video import VideoError
 
 Record = Mapping[str, Any]
 WIDTH, THUMB, CURVE, MARGIN = 960, 76, 70, 12  # pixels
@@ -52,7 +55,7 @@ summary { cursor: pointer; color: var(--accent); }
 """
 
 
-def explanation(rows: Sequence[tuple[str, Record]], reader: str = "auto") -> str:
+def explanation(rows: Sequence[tuple[str, Record]], reader: str = "auto", decoding: Decoding | None = None) -> str:
     """HTML of one question: a heading, and for each (arm's name, record) its scores and frames. May be empty."""
     rows = [(name, record) for name, record in rows if record.get("times")]
     if not rows:
@@ -61,7 +64,7 @@ def explanation(rows: Sequence[tuple[str, Record]], reader: str = "auto") -> str
     parts = [f"<h3>Question {escape(str(first.get('question_id')))}</h3>\n"]
     if first.get("question"):
         parts.append(f"<p>{escape(str(first['question']))}</p>\n")
-    pictures = thumbnails(first["video"], sorted({f for _, r in rows for f in shown_frames(r)}), reader)
+    pictures = thumbnails(first["video"], sorted({f for _, r in rows for f in shown_frames(r)}), reader, decoding)
     end = float(first.get("duration") or 0) or max(max(record["times"]) for _, record in rows) or 1.0
     for number, (name, record) in enumerate(rows):
         told = f"{len(record['times'])} frames" + (f": {record['text']}" if record.get("text") else "")
@@ -105,19 +108,23 @@ def shown_frames(record: Record) -> list[int]:
     return [frames[round(i)] for i in np.linspace(0, len(frames) - 1, MOST)]
 
 
-def thumbnails(path: str, frames: Sequence[int], reader: str = "auto") -> dict[int, str]:
-    """Frames as data URLs of small JPEGs, by number; none where the video cannot be read."""
+def thumbnails(
+    path: str, frames: Sequence[int], reader: str = "auto", decoding: Decoding | None = None
+) -> dict[int, str]:
+    """Frames as data URLs of small JPEGs, by number; none where the video cannot be read.
+
+    ``decoding`` as in a run: whatever the file does to whoever decodes it, the page is written.
+    """
     found = {}
     try:
-        with Video(path, reader) as video:
-            for number, frame in video.read(list(frames)):
-                picture = Image.fromarray(frame)
-                picture.thumbnail((2 * THUMB, 2 * THUMB))
-                buffer = io.BytesIO()
-                picture.save(buffer, format="JPEG", quality=80)
-                found[number] = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    except (VideoError, ValueError, OSError, IndexError):
+        with DecodingPool(decoding or Decoding(workers=0), Sampling(reader=reader)) as pool:
+            pixels = pool.decode(path, list(frames), [PixelFormat(THUMB, shortest_edge=True)]).result()
+    except VideoError:
         return {}
+    for number, frame in zip(frames, pixels.arrays[0]):
+        buffer = io.BytesIO()
+        Image.fromarray(frame.transpose(1, 2, 0)).save(buffer, format="JPEG", quality=80)
+        found[number] = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return found
 
 

@@ -31,6 +31,7 @@ from xcomp.compare.explain import CSS, explanation
 from xcomp.compare.plots import Legend
 from xcomp.compare.records import read_records
 from xcomp.compare.statistics import ArmSummary, PairedDifference, Proportion, Record, holm, paired, summarise
+from xcomp.config import Decoding
 from xcomp.run import SCHEMA
 
 RESULTS_SCHEMA = 2
@@ -481,7 +482,11 @@ def _recall_table(results: Results) -> str:
 def _frames(results: Results) -> str:
     """The frames of the picture above, as pictures on the video's time axis."""
     rows = plots.selection_example(results.records, results.arms)
-    return explanation([(row.label, row.record) for row in rows])
+    config = results.run.get("config", {})
+    reader, given = config.get("sampling", {}).get("reader", "auto"), config.get("decoding", {})
+    # As the run was written: an interpolation stays one, and means the default here.
+    decoding = Decoding(**{name: value for name, value in given.items() if not isinstance(value, str)})
+    return explanation([(row.label, row.record) for row in rows], reader, decoding)
 
 
 def _error_table(results: Results) -> str:
