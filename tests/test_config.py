@@ -245,6 +245,30 @@ def test_another_plugin_in_a_nested_override(write):
     assert config.arms == [Arm(compressor={"name": "other"})]
 
 
+CLIP = "{name: clip_similarity, similarity: dot}"
+
+
+@pytest.mark.parametrize(
+    "override, scorer",
+    [
+        ("=qc_comp", "qc_comp"),
+        ("={name: qc_comp, n_repeat: 1}", {"name": "qc_comp", "n_repeat": 1}),
+        (".name=qc_comp", {"name": "qc_comp"}),
+        (".batch_size=8", {"name": "clip_similarity", "similarity": "dot", "batch_size": 8}),
+        ("={name: clip_similarity, batch_size: 8}", {"name": "clip_similarity", "similarity": "dot", "batch_size": 8}),
+    ],
+)
+def test_another_scorer_keeps_nothing_of_the_one_before(write, override, scorer):
+    path = write(f"selector: {{name: aks, t1: 0.5, scorer: {CLIP}}}\n")
+    assert load_config(path, [f"selector.scorer{override}"]).selector == {"name": "aks", "t1": 0.5, "scorer": scorer}
+
+
+def test_options_can_be_given_to_a_scorer_by_plain_name(write):
+    path = write("selector: {name: aks, scorer: clip_similarity}\n")
+    scorer = {"name": "clip_similarity", "similarity": "dot"}
+    assert load_config(path, ["selector.scorer.similarity=dot"]).selector == {"name": "aks", "scorer": scorer}
+
+
 def test_options_can_be_given_to_a_plain_name(write):
     path = write("compressor: lp_comp\nselector: uniform\narms: [{compressor: avg_pool}]\n")
     config = load_config(path, ["compressor.end=2", "arms[0].compressor.tokens=4"])

@@ -258,9 +258,20 @@ def _override(content: Any, overrides: Sequence[str]) -> Any:
         old = named.get(path)
         if path in before and said.get(path) == {}:  # no override speaks of it
             changed[path] = before[path]
-        elif isinstance(old, Mapping) and isinstance(node, Mapping) and node.get("name") != old.get("name"):
-            changed[path] = said[path]
+        elif isinstance(old, Mapping) and isinstance(node, Mapping):
+            if node.get("name") != old.get("name"):
+                changed[path] = said[path]
+            elif (scorer := said[path].get("scorer")) is not None:
+                changed[path] = node | {"scorer": _nested(old.get("scorer"), scorer, node["scorer"])}
     return _with_components(merged, changed)
+
+
+def _nested(old: Any, said: Any, merged: Any) -> Any:
+    """A selector's scorer, of which overrides say ``said``: another plugin keeps nothing of the old one's options."""
+    if isinstance(merged, Mapping) and "name" not in merged and _is_plain_name(old):
+        return {"name": old, **merged}
+    same = isinstance(old, Mapping) and isinstance(merged, Mapping) and old.get("name") == merged.get("name")
+    return merged if same else said
 
 
 def _check_override(override: str) -> None:

@@ -322,18 +322,24 @@ class Picker(FrameSelector):
         return self.pick(scores, budget, frames)
 
 
-# Scorers by node, for as long as somebody uses them: pickers of the same scorer hold one model.
-_scorers: WeakValueDictionary[str, FrameSelector] = WeakValueDictionary()
+# Selectors by node, for as long as somebody uses them: an arm and the pickers of other arms hold one model.
+_shared: WeakValueDictionary[str, FrameSelector] = WeakValueDictionary()
 
 
-def build_scorer(node: Any, plugins: Sequence[Any] = ()) -> FrameSelector:
-    """The selector that a node names, one for all that name it alike; ValueError if it gives no scores."""
+def shared_selector(node: Any, plugins: Sequence[Any] = ()) -> FrameSelector:
+    """The selector that a node names, one for all that name it alike."""
     from xcomp.config import build_component
 
     name = repr((_sorted(node), list(map(str, plugins))))
-    scorer = _scorers.get(name)
-    if scorer is None:
-        _scorers[name] = scorer = build_component("selector", node, plugins)
+    selector = _shared.get(name)
+    if selector is None:
+        _shared[name] = selector = build_component("selector", node, plugins)
+    return selector
+
+
+def build_scorer(node: Any, plugins: Sequence[Any] = ()) -> FrameSelector:
+    """``shared_selector``; ValueError if it gives no scores."""
+    scorer = shared_selector(node, plugins)
     if isinstance(scorer, Picker) or not scorer.scores_frames:
         what = "is a picker itself" if isinstance(scorer, Picker) else "chooses without scores"
         raise ValueError(f"selector '{scorer.plugin_name}' {what}; a scorer is needed, e.g. qc_comp or clip_similarity")

@@ -132,6 +132,60 @@ def test_bolt_share_by_share():
     assert inverse_transform(scores, 12, 3.0).tolist() == found
 
 
+@pytest.mark.parametrize("count, rate, budget", [(256, 2.0, 16), (100, 1.0, 9), (61, 4.0, 12)])
+def test_focus_step_by_step(count, rate, budget):
+    """Without random frames but in the last draw, which is so cold that it takes the highest guess."""
+    options = dict(extra_samples=0, fine_uniform=1.0, min_gap=0.0, temperature=1e-9, min_arms=6, min_zoom=2)
+    config = FOCUS.Config(**options, coarse_seconds=8.0, fine_seconds=1.0, zoom_ratio=0.25, top_ratio=0.25)
+    scores = noise(count)
+    wanted = max(6, math.ceil(count / rate / 8.0))
+    num_arms = count // (count // wanted)
+    size = count // num_arms
+    arms = [list(range(a * size, (a + 1) * size)) for a in range(num_arms)]
+    centres = [(arm[0] + arm[-1]) // 2 for arm in arms]
+    values = []
+    for centre in centres:  # one score an arm: its variance is the floor
+        log = math.log(num_arms)
+        values.append(scores[centre] + math.sqrt(2 * log * 1e-6) + 3 * log)
+    order = sorted(range(num_arms), key=lambda a: -values[a])
+    looked_into = order[: max(2, math.ceil(num_arms * 0.25))]
+    known = list(centres)
+    half = round(max(1 / rate, count / rate / wanted / 2) * rate)
+    for arm in looked_into:
+        first, last = max(0, centres[arm] - half), min(count - 1, centres[arm] + half)
+        number = max(1, (last - first + 1) // max(1, round(rate)))
+        for j in range(number):
+            frame = first + int((j + 0.5) * (last - first + 1) / number)
+            if frame not in known:
+                known.append(frame)
+    expected = sorted(known, key=lambda i: -scores[i])[: round(0.25 * min(budget, len(known)))]
+    # All frames of an arm are nearest to its only sample, so its share is drawn evenly: any of them will do.
+    share, more = divmod(budget - len(expected), len(looked_into))
+    rng = np.random.default_rng(0)
+    found = focus_frames(lambda i: scores[list(i)], count, rate, budget, config, rng)
+    assert found.coarse == centres and found.zoomed == looked_into
+    assert np.allclose(found.bounds, values, rtol=1e-12)
+    assert sorted(found.coarse + found.fine) == sorted(known)
+    assert set(expected) <= set(found.chosen) and len(set(found.chosen)) == budget
+    rest = set(found.chosen) - set(expected)
+    for place, arm in enumerate(looked_into):
+        free = len(set(arms[arm]) - set(expected))
+        assert len(rest & set(arms[arm])) == min(share + (place < more), free)
+
+
+def test_q_frame_draws_one_after_the_other_by_softmax():
+    """Gumbel's trick: the order is that of drawing without replacement, each draw by the softmax of what is left."""
+    logits, tau, draws = torch.tensor([0.3, -0.2, 0.9, 0.0]), 0.8, 20_000
+    uniform = torch.from_numpy(np.random.default_rng(0).random((draws, 4), dtype=np.float32))
+    orders = [tuple(gumbel_order(logits, row, tau)[1][:2].tolist()) for row in uniform[:draws]]
+    weights = [math.exp(x / tau) for x in logits.tolist()]
+    for first in range(4):
+        for second in set(range(4)) - {first}:
+            chance = weights[first] / sum(weights) * weights[second] / (sum(weights) - weights[first])
+            spread = math.sqrt(chance * (1 - chance) / draws)
+            assert abs(orders.count((first, second)) / draws - chance) < 4 * spread
+
+
 @pytest.mark.parametrize("segment", [-1, 8, 7])
 def test_mdp3_with_determinants_written_out(segment):
     generator = torch.Generator().manual_seed(0)

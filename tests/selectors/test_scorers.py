@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -208,3 +210,42 @@ def test_a_damaged_file_is_named(tiny_run, tmp_path):
         os.truncate(file, 20)
     with pytest.raises(ValueError, match="stored features '.*' cannot be read .*; delete the file"):
         stored_run(tiny_run, tmp_path, "second", clip)
+
+
+WRITER = """
+import sys, torch
+from xcomp.decoding import VideoInfo
+from xcomp.feature_store import FeatureStore
+from xcomp.pixels import PixelFormat
+
+folder, video, times = sys.argv[1], sys.argv[2], int(sys.argv[3])
+candidates = tuple(range(0, 4096, 2))
+info = VideoInfo(video, 4096, 25.0, 164.0, "av", "1", candidates, tuple(i / 25 for i in candidates))
+features = torch.arange(len(candidates) * 64, dtype=torch.float32).view(-1, 64)
+for _ in range(times):
+    FeatureStore(folder, "model", PixelFormat(8)).write(info, features)
+    found = FeatureStore(folder, "model", PixelFormat(8)).read(info)
+    assert torch.equal(torch.stack([found[i] for i in candidates]), features)
+"""
+
+
+def test_processes_that_write_one_file_at_the_same_time_never_show_half_of_it(tmp_path):
+    video = tmp_path / "video.mp4"
+    video.write_bytes(b"any content")
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "store"), str(video), "40"]
+    writers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for writer in writers:
+        _, told = writer.communicate(timeout=120)
+        assert writer.returncode == 0, told
+    assert len(list((tmp_path / "store").iterdir())) == 1  # no partial file either
+
+
+def test_an_arm_and_a_picker_hold_one_model(tiny_run, tmp_path, monkeypatch):
+    from xcomp.selectors.clip_similarity import CLIPSimilarity
+
+    loaded, load = [], CLIPSimilarity._load
+    monkeypatch.setattr(CLIPSimilarity, "_load", lambda self, folder: loaded.append(folder) or load(self, folder))
+    node = {"name": "clip_similarity", "checkpoint": save_tiny_clip(tmp_path / "clip")}
+    arms = [{"name": "clip", "selector": node}, {"name": "aks", "selector": {"name": "aks", "scorer": node}}]
+    compare(parse_config({**tiny_run, "arms": arms}, "run"))
+    assert len(loaded) == 1

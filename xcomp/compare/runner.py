@@ -13,6 +13,7 @@ import signal
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from xcomp.memory import PeakMemory
 from xcomp.model import check_sampling
 from xcomp.registry import configure
 from xcomp.run import check_run, hold_run, make_trainer, open_run
+from xcomp.selector import shared_selector
 from xcomp.video import VideoError
 
 
@@ -179,7 +181,8 @@ class Comparison:
             for kind, node in (("compressor", arm.compressor), ("selector", arm.selector)):
                 key = f"{kind} {_key(node)}"
                 if key not in parts:
-                    parts[key] = build_component(kind, node, config.plugins)
+                    build = shared_selector if kind == "selector" else partial(build_component, kind)
+                    parts[key] = build(node, config.plugins)
                 own.append(parts[key])
             answerers[arm.name] = Answerer(
                 backbone,
