@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from xcomp.sampling import STYLES, VideoError, sample_indices, uniform_indices
+from xcomp.sampling import STYLES, VideoError, sample_indices, span_frames, uniform_indices
 
 
 def slow_rule(num_frames: int, fps: float, rate: float, low: int, high: int, unit: int, style: str) -> list[int]:
@@ -95,6 +95,51 @@ def test_uniform_indices() -> None:
     assert uniform_indices(2, 4) == [0, 0, 1, 1]
     for num_frames, count in [(7, 3), (100, 64), (12345, 512)]:
         assert uniform_indices(num_frames, count) == [math.floor((i + 0.5) * num_frames / count) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "video, span, expected",
+    [
+        ((240, 8.0), (2.0, 10.0), (16, 64, 8.0)),
+        ((240, 8.0), (1.3, 4.95), (10, 29, 3.65)),  # 10.4 and 29.2 frames
+        ((240, 8.0), (20.0, 99.0), (160, 79, 9.9)),  # the end is 0.1 s before the video's
+        ((240, 8.0), (20.0, None), (160, 79, 9.9)),
+        ((240, 8.0), (None, 4.0), (0, 32, 4.0)),
+        ((30, 1.0), (3.0, 12.0), (3, 9, 9.0)),  # a folder of images
+    ],
+)
+def test_a_span_as_frames(video, span, expected) -> None:
+    first, count, seconds = span_frames(*video, *span)
+    assert (first, count) == expected[:2] and seconds == pytest.approx(expected[2])
+
+
+def test_a_span_never_leaves_the_video() -> None:
+    rng = random.Random(0)
+    for _ in range(2000):
+        num_frames, fps = rng.randint(1, 3000), rng.choice([1.0, 3.0, 8.0, 23.976, 25.0, 60.0])
+        start, end = sorted(rng.uniform(0, 1.2 * num_frames / fps) for _ in range(2))
+        try:
+            first, count, seconds = span_frames(num_frames, fps, start, end)
+        except VideoError:
+            continue
+        assert start < num_frames / fps and 0 <= first < first + count <= num_frames
+        assert first / fps <= start and seconds <= end - start + 1e-9
+
+
+@pytest.mark.parametrize(
+    "span, message",
+    [
+        ((5.0, 5.0), "the span from 5 to 5 s is none"),
+        ((-1.0, 5.0), "the span from -1 to 5 s is none; it must begin at 0 s or later"),
+        ((30.0, 35.0), "the span from 30 to 35 s is outside the video, which lasts 30.00 s"),
+        ((31.0, None), "is none"),
+        ((2.0, 2.1), "the span from 2 to 2.1 s holds no whole frame of a video of 30.00 s with 8 frames a second"),
+        ((29.95, 30.0), "holds no whole frame"),
+    ],
+)
+def test_a_span_without_frames_is_refused(span, message) -> None:
+    with pytest.raises(VideoError, match=message):
+        span_frames(240, 8.0, *span)
 
 
 def test_sampling_needs_no_torch() -> None:

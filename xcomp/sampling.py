@@ -62,6 +62,32 @@ def uniform_indices(num_frames: int, count: int) -> list[int]:
     return [(2 * i + 1) * num_frames // (2 * count) for i in range(count)]
 
 
+def span_frames(num_frames: int, fps: float, start: float | None, end: float | None) -> tuple[int, int, float]:
+    """A span of seconds as frames: the first one, how many there are, and the span's seconds.
+
+    As VideoChat-Flash has it: the end is at most 0.1 s before the video's, and both bounds are rounded down to whole
+    frames. A rule that takes candidates of a video takes those of a span from its frames, and counts from the first.
+    None stands for the video's own start or end.
+
+    Raises:
+        VideoError: if the span is empty, begins before the video or after it, or holds no frame.
+    """
+    if num_frames < 1:
+        raise VideoError("video has no frames")
+    seconds = num_frames / fps
+    begins, ends = 0.0 if start is None else start, seconds if end is None else end
+    said = f"the span from {begins:g} to {ends:g} s"
+    if not 0 <= begins < ends:
+        raise VideoError(f"{said} is none; it must begin at 0 s or later and end after that")
+    if begins >= seconds:
+        raise VideoError(f"{said} is outside the video, which lasts {seconds:.2f} s")
+    ends = min(ends, seconds - 0.1)
+    count = int((ends - begins) * fps)
+    if count < 1:
+        raise VideoError(f"{said} holds no whole frame of a video of {seconds:.2f} s with {fps:g} frames a second")
+    return int(begins * fps), count, ends - begins
+
+
 def _frame_count(num_frames: int, wanted: float, low: int, high: int, multiple: int, style: Style) -> int:
     """Frames to take when ``wanted`` are asked for; more than there are only in the style that repeats the last."""
     whole = num_frames // multiple * multiple
