@@ -29,6 +29,7 @@ from xcomp.selector import Candidates, FrameQuery, FrameSelector, Picker
 from xcomp.video import VideoError
 from xcomp.visual import VisualTokens
 
+DEFAULT_TOKENS = 16  # of an answer, where neither configuration nor benchmark bound it
 Refused = VideoError | QuestionError  # what is one question's outcome and not the end of a run
 
 
@@ -115,7 +116,7 @@ class Answerer:
         self.compressor = compressor or Compressor(None)
         self.selector = selector
         self.budget = budget
-        self.generation = generation or Generation()
+        self.generation = (generation or Generation()).limited(DEFAULT_TOKENS)
         self.batch_size = batch_size
         self.seed = seed
         self.decoder = Decoder(backbone, self.compressor)

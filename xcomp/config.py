@@ -82,7 +82,7 @@ class Generation:
     The names are those of transformers' GenerationConfig.
     """
 
-    max_new_tokens: int = 16
+    max_new_tokens: int | None = None  # default the benchmark's own, 16 without one
     repetition_penalty: float = 1.0  # over generated tokens only
     num_beams: int = 1
     do_sample: bool = False
@@ -90,6 +90,10 @@ class Generation:
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     seed: int = 0  # every batch of questions starts its draws from it
+
+    def limited(self, tokens: int) -> Generation:
+        """The same; where it does not say how long an answer may get, at most so many tokens."""
+        return self if self.max_new_tokens is not None else dataclasses.replace(self, max_new_tokens=tokens)
 
     def options(self) -> dict[str, Any]:
         """What ``Decoder.generate`` is given."""
@@ -481,7 +485,10 @@ def _decoding_rules(d: Decoding, m: Memory) -> list[tuple[bool, str]]:
 def _generation_rules(g: Generation) -> list[tuple[bool, str]]:
     """(whether it holds, what to say if not) for each option."""
     return [
-        (g.max_new_tokens >= 1, f"generation.max_new_tokens is {g.max_new_tokens}; it must be at least 1"),
+        (
+            g.max_new_tokens is None or g.max_new_tokens >= 1,
+            f"generation.max_new_tokens is {g.max_new_tokens}; it must be at least 1",
+        ),
         (g.repetition_penalty > 0, f"generation.repetition_penalty is {g.repetition_penalty}; it must be above 0"),
         (g.num_beams >= 1, f"generation.num_beams is {g.num_beams}; it must be at least 1"),
         (g.temperature > 0, f"generation.temperature is {g.temperature}; it must be above 0"),

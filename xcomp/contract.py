@@ -6,17 +6,19 @@ Whatever a plugin does wrong is reported in its own name.
 from __future__ import annotations
 
 import inspect
+import json
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xcomp.benchmark import Question
+from xcomp.benchmark import LETTERS, Benchmark, Question
 from xcomp.layout import TokenLayout
 from xcomp.pixels import PixelFormat
 from xcomp.registry import KINDS
@@ -190,11 +192,67 @@ def check_chosen(who: str, chosen: Any, num_frames: int, budget: int, *, repeats
     require(met, who, clause)
 
 
-def check_questions(who: str, questions: Any) -> None:
+def check_questions(who: str, benchmark: Benchmark, questions: Any) -> None:
     right = isinstance(questions, list) and questions and all(isinstance(q, Question) for q in questions)
     require(right, who, "questions() must return a list of at least one Question")
+    for question in questions:
+        wrong = _wrong_with(question)
+        require(wrong is None, who, f"question {question.id!r:.80}: {wrong}")
     double = [name for name, count in Counter(q.id for q in questions).items() if count > 1]
     require(not double, who, f"the id of every question must be its own; these occur more than once: {double[:3]}")
+    if type(benchmark).score is Benchmark.score:
+        bare = [q.id for q in questions if not q.options and not q.references]
+        require(not bare, who, f"an open question must have references, or score() must do without; none in {bare[:3]}")
+
+
+def _wrong_with(q: Question) -> str | None:
+    """The first clause that a question breaks, if any."""
+    for name in ("id", "video", "question", "category"):
+        if not isinstance(getattr(q, name), str):
+            return f"{name} must be text, not {getattr(q, name)!r:.60}"
+    for name in ("options", "references"):
+        if not _are_texts(getattr(q, name)):
+            return f"{name} must be a tuple of text, not {getattr(q, name)!r:.60}"
+    count = len(q.options)
+    if count and not 2 <= count <= len(LETTERS):
+        return f"there must be 2 to {len(LETTERS)} options, or none for an open question, not {count}"
+    if q.answer is not None and not (type(q.answer) is int and 0 <= q.answer < count):
+        index = f"an option's index, 0..{count - 1}, or None if none is right"
+        return f"answer must be {index if count else 'None, as there are no options'}; not {q.answer!r:.60}"
+    if not isinstance(q.labels, Mapping) or not all(isinstance(k, str) and _are_texts(v) for k, v in q.labels.items()):
+        return f"labels must map an axis to a tuple of labels, not {q.labels!r:.60}"
+    if not isinstance(q.events, tuple) or not all(map(_is_span, q.events)):
+        return f"events must be (start, end) in seconds, not {q.events!r:.60}"
+    if q.span is not None and not (_is_span(q.span) and q.span[0] < q.span[1]):
+        return f"span must be (start, end) in seconds or None, not {q.span!r:.60}"
+    if not isinstance(q.subtitles, str | None):
+        return f"subtitles must be the path of a file or None, not {q.subtitles!r:.60}"
+    try:
+        json.dumps(q.meta, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        return f"meta must be what JSON can hold: {error}"
+    return None if isinstance(q.meta, dict) else f"meta must be a dict, not {q.meta!r:.60}"
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, tuple) and all(isinstance(value, str) for value in values)
+
+
+def _is_span(span: Any) -> bool:
+    right = isinstance(span, tuple) and len(span) == 2
+    right = right and all(isinstance(t, int | float) and not isinstance(t, bool) and isfinite(t) for t in span)
+    return right and 0 <= span[0] <= span[1]
+
+
+def check_prediction(who: str, prediction: Any, question: Question) -> None:
+    right = prediction is None or (type(prediction) is int and 0 <= prediction < len(question.options))
+    require(right, who, f"parse() must return an option's number or None, not {prediction!r}")
+
+
+def check_metrics(who: str, metrics: Any) -> None:
+    right = isinstance(metrics, Mapping) and metrics and all(isinstance(name, str) for name in metrics)
+    right = right and all(isinstance(v, int | float) and 0 <= v <= 1 for v in metrics.values())
+    require(right, who, f"score() must return at least one metric, name → 0..1, not {metrics!r:.80}")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from transformers.generation import BaseStreamer
 
 from xcomp.answering import Answer, Answerer, Query, Refused
 from xcomp.backbone import Backbone
-from xcomp.benchmark import multiple_choice_prompt, parse_option
+from xcomp.benchmark import Benchmark, multiple_choice_prompt, parse_option
 from xcomp.compressor import Compressor
 from xcomp.config import ConfigError, Decoding, Generation, Memory, RunConfig, Sampling, Tune, build_component
 from xcomp.contract import name_of
@@ -31,6 +31,7 @@ from xcomp.decoder import Decoder
 from xcomp.decoding import DecodingPool
 from xcomp.inflight import VideoInFlight
 from xcomp.ledger import shares
+from xcomp.scoring import judge
 from xcomp.selector import FrameSelector
 from xcomp.video import VideoError
 from xcomp.visual import VisualTokens
@@ -48,7 +49,10 @@ def check_sampling(sampling: Sampling, backbone: Backbone) -> None:
 
 
 class VideoQA(L.LightningModule):
-    """Question answering on videos. ``frames`` is the budget given to the selector; None shows all candidates."""
+    """Question answering on videos. ``frames`` is the budget given to the selector; None shows all candidates.
+
+    ``benchmark`` says how long answers get where ``generation`` does not, and how ``test_step`` reads and scores them.
+    """
 
     def __init__(
         self,
@@ -64,8 +68,11 @@ class VideoQA(L.LightningModule):
         memory: Memory | None = None,
         batch_size: int = 1,
         seed: int = 0,
+        benchmark: Benchmark | None = None,
     ):
         super().__init__()
+        self.benchmark = benchmark or Benchmark(None)
+        generation = (generation or Generation()).limited(self.benchmark.max_new_tokens)
         self.sampling = sampling or Sampling()
         check_sampling(self.sampling, backbone)
         self.answerer = Answerer(
@@ -88,6 +95,7 @@ class VideoQA(L.LightningModule):
             raise ConfigError(f"frames is {config.frames}; several budgets are for a comparison, here it must be one")
         parts = [build_component(k, getattr(config, k), config.plugins) for k in ("compressor", "selector")]
         backbone = backbone or build_component("backbone", config.backbone, config.plugins)
+        benchmark = config.benchmark and build_component("benchmark", config.benchmark, config.plugins)
         return cls(
             backbone,
             *parts,
@@ -98,6 +106,7 @@ class VideoQA(L.LightningModule):
             memory=config.memory,
             batch_size=config.batch_size,
             seed=config.seed,
+            benchmark=benchmark,
         )
 
     # --- answering --------------------------------------------------------------------------------------------------
@@ -179,11 +188,11 @@ class VideoQA(L.LightningModule):
         return self.answer([query for _, query in batch])
 
     def test_step(self, batch: list[tuple[Any, Query]], batch_idx: int = 0) -> None:
-        """Accuracy over (question, query) pairs, answered by an option's letter or words."""
+        """Mean score over (question, query) pairs by the benchmark's rules; that of choices is their accuracy."""
         for (question, _), answer in zip(batch, self.answer([query for _, query in batch])):
             if not isinstance(answer, Answer):
                 raise answer
-            self.accuracy.update(float(parse_option(answer.text, question.options) == question.answer))
+            self.accuracy.update(judge(self.benchmark, question, answer.text).score)
         self.log("test/accuracy", self.accuracy, batch_size=len(batch))
 
     def _loss(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,7 @@ from xcomp.contract import (
     check_encoded,
     check_frame_texts,
     check_keep,
+    check_metrics,
     check_pixel_format,
     check_plan,
     check_questions,
@@ -504,11 +505,15 @@ def check_benchmark(plugin: Any, **options: Any) -> None:
     """Questions (stable, complete, their videos there), the prompt, the answers' parser, training records."""
     watch = Watch("benchmark", plugin, options)
     questions = watch.call("questions")
-    check_questions(watch.who, questions)
+    check_questions(watch.who, watch.plugin, questions)
     fresh = Watch("benchmark", plugin, options).call("questions", times=1)
     watch.require(same(questions, fresh), "questions() must be the same, in the same order, in every run")
     for question in questions:
         _check_question(watch, question)
+    _check_metrics(watch, questions)
+    axes = watch.plugin.axes
+    right = isinstance(axes, tuple) and {axis for q in questions for axis in q.labels}.issuperset(axes)
+    watch.require(right, f"axes must be a tuple of axes that questions have labels of, not {axes!r}")
     tokens = watch.plugin.max_new_tokens
     watch.require(isinstance(tokens, int) and tokens >= 1, f"max_new_tokens must be at least 1, not {tokens}")
     if hasattr(watch.plugin, "training_records"):
@@ -518,18 +523,47 @@ def check_benchmark(plugin: Any, **options: Any) -> None:
 
 
 def _check_question(watch: Watch, q: Question) -> None:
-    watch.require(isinstance(q.id, str) and q.id and q.question, "a question must have an id and a text")
-    right = isinstance(q.options, tuple) and 2 <= len(q.options) <= len(LETTERS)
-    watch.require(right, f"question '{q.id}' must have 2 to {len(LETTERS)} options, in a tuple")
-    right = type(q.answer) is int and 0 <= q.answer < len(q.options)
-    watch.require(right, f"question '{q.id}': answer must be an index, 0..{len(q.options) - 1}, not {q.answer!r}")
+    watch.require(q.id and q.question, "a question must have an id and a text")
     watch.require(Path(q.video).exists(), f"question '{q.id}' names a video that is not there: '{q.video}'")
-    watch.require(all(0 <= start <= end for start, end in q.events), f"question '{q.id}': events must be (start, end)")
     prompt = watch.call("prompt", q)
     missing = [text for text in (q.question, *q.options) if text not in prompt]
     watch.require(not missing, f"prompt() must contain the question and every option; '{q.id}' lacks {missing[:1]}")
+    if not q.options:
+        _check_score(watch, q)
+        return
     for i, option in enumerate(q.options):
         found = [watch.call("parse", text, q) for text in (LETTERS[i], option, str(i + 1))]
         watch.require(i in found, f"parse() must find option {i} of '{q.id}' in its letter, its text or its number")
     found = watch.call("parse", "", q)
     watch.require(found is None, f"parse() must give None for an empty answer, not {found!r}")
+
+
+def _check_score(watch: Watch, q: Question) -> None:
+    """What an open question's right answers, an empty one and another get: the same metrics, the right no worse."""
+    texts = [*q.references, "", "something else altogether"]
+    scores = [watch.call("score", text, q) for text in texts]
+    for metrics in scores:
+        check_metrics(watch.who, metrics)
+    same_names = all(list(metrics) == list(scores[0]) for metrics in scores)
+    watch.require(same_names, "score() must give every answer the same metrics, in the same order")
+    *right, empty, _ = (next(iter(metrics.values())) for metrics in scores)
+    watch.require(
+        all(s >= empty for s in right), f"score() must not rate an empty answer to '{q.id}' above a right one"
+    )
+
+
+def _check_metrics(watch: Watch, questions: Sequence[Question]) -> None:
+    """The benchmark's own figures, of an arm that answers all rightly and one that could ask nothing."""
+    line = {"arm": "a", "error": None, "prediction": None, "text": "", "category": "", "correct": True, "score": 1.0}
+    records = []
+    for q in questions:
+        metrics = {} if q.options else dict.fromkeys(watch.plugin.score((*q.references, "")[0], q), 1.0)
+        own = {"question_id": q.id, "video": q.video, "question": q.question, "category": q.category, "meta": q.meta}
+        own |= {"options": list(q.options), "answer": q.answer, "references": list(q.references), "metrics": metrics}
+        labels = {axis: list(names) for axis, names in q.labels.items()}
+        records.append(line | own | {"prediction": q.answer, "labels": labels})
+    failed = [r | {"correct": False, "score": 0.0, "metrics": {}, "error": "x", "prediction": None} for r in records]
+    for given in (records, failed):
+        found = watch.call("metrics", given)
+        right = isinstance(found, dict) and all(isinstance(k, str) and 0 <= v <= 100 for k, v in found.items())
+        watch.require(right, f"metrics() must return name → per cent, 0..100, not {found!r}")

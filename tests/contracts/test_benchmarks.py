@@ -92,6 +92,71 @@ class AnswerIsALetter(Asks):
     change = {"answer": "B"}
 
 
+class AnswerWithoutOptions(Asks):
+    change = {"options": ()}
+
+
+class ReferencesInAList(Asks):
+    change = {"options": (), "answer": None, "references": ["a cross"]}
+
+
+class NoReferences(Asks):
+    change = {"options": (), "answer": None}
+
+
+class LabelIsText(Asks):
+    change = {"labels": {"duration": "long"}}
+
+
+class SpanBackwards(Asks):
+    change = {"span": (2.0, 2.0)}
+
+
+class SubtitlesAreMany(Asks):
+    change = {"subtitles": ["a.srt"]}
+
+
+class MetaIsNoJson(Asks):
+    change = {"meta": {"tags": {"a"}}}
+
+
+class Opens(Asks):
+    """Open questions, with right answers in words."""
+
+    def questions(self):
+        return [dataclasses.replace(GOOD, options=(), answer=None, references=("a cross", "the cross"))]
+
+
+class ScoresBeyondOne(Opens):
+    def score(self, text, question):
+        return {"f1": 100}
+
+
+class ScoresWithoutName(Opens):
+    def score(self, text, question):
+        return {}
+
+
+class ScoresUnevenly(Opens):
+    def score(self, text, question):
+        return {"f1": 0.0, "length": 1.0} if text else {"f1": 0.0}
+
+
+class ScoresNothingBest(Opens):
+    def score(self, text, question):
+        return {"brevity": 1 / (1 + len(text))}
+
+
+class SharesNotPerCent(Asks):
+    @classmethod
+    def metrics(cls, records):
+        return {"accuracy": 101}
+
+
+class AxisNobodyHas(Asks):
+    axes = ("duration",)
+
+
 class NoVideo(Asks):
     change = {"video": "nowhere.mp4"}
 
@@ -133,12 +198,25 @@ BROKEN = {
     DependsOnTheRun: r"questions\(\) must be the same, in the same order, in every run",
     TwiceTheSameId: r"the id of every question must be its own; these occur more than once: \['1'\]",
     NoText: "a question must have an id and a text",
-    OneOption: "question '2' must have 2 to 26 options, in a tuple",
-    OptionsInAList: "question '2' must have 2 to 26 options, in a tuple",
-    AnswerBeyond: r"question '2': answer must be an index, 0\.\.2, not 3",
-    AnswerIsALetter: r"question '2': answer must be an index, 0\.\.2, not 'B'",
+    OneOption: "question '2': there must be 2 to 26 options, or none for an open question, not 1",
+    OptionsInAList: r"question '2': options must be a tuple of text, not \['cross', 'ring'\]",
+    AnswerBeyond: r"question '2': answer must be an option's index, 0\.\.2, or None if none is right; not 3",
+    AnswerIsALetter: r"question '2': answer must be an option's index, 0\.\.2, or None if none is right; not 'B'",
+    AnswerWithoutOptions: r"question '2': answer must be None, as there are no options; not 1",
+    ReferencesInAList: r"question '2': references must be a tuple of text",
+    NoReferences: r"an open question must have references, or score\(\) must do without; none in \['2'\]",
+    LabelIsText: r"question '2': labels must map an axis to a tuple of labels, not {'duration': 'long'}",
+    SpanBackwards: r"question '2': span must be \(start, end\) in seconds or None, not \(2\.0, 2\.0\)",
+    SubtitlesAreMany: r"question '2': subtitles must be the path of a file or None, not \['a\.srt'\]",
+    MetaIsNoJson: r"question '2': meta must be what JSON can hold: .*set",
+    ScoresBeyondOne: r"score\(\) must return at least one metric, name → 0..1, not {'f1': 100}",
+    ScoresWithoutName: r"score\(\) must return at least one metric, name → 0..1, not {}",
+    ScoresUnevenly: r"score\(\) must give every answer the same metrics",
+    ScoresNothingBest: r"score\(\) must not rate an empty answer to '1' above a right one",
+    SharesNotPerCent: r"metrics\(\) must return name → per cent, 0..100, not {'accuracy': 101}",
+    AxisNobodyHas: r"axes must be a tuple of axes that questions have labels of, not \('duration',\)",
     NoVideo: "question '2' names a video that is not there: 'nowhere.mp4'",
-    EventsBackwards: r"question '2': events must be \(start, end\)",
+    EventsBackwards: r"question '2': events must be \(start, end\) in seconds",
     PromptsWithoutOptions: r"prompt\(\) must contain the question and every option; '1' lacks \['cross'\]",
     ParsesNothing: r"parse\(\) must find option 0 of '1'",
     ParsesEverything: r"parse\(\) must give None for an empty answer, not 0",
@@ -156,3 +234,4 @@ def test_a_broken_benchmark_is_caught(broken):
 def test_a_sound_benchmark_passes():
     check_benchmark(Asks)
     check_benchmark(Asks(None))
+    check_benchmark(Opens)

@@ -23,12 +23,12 @@ from rich.text import Text
 
 from xcomp.answering import Answerer, Query
 from xcomp.backbone import Backbone, ShownVideo
-from xcomp.benchmark import Question, multiple_choice_prompt
+from xcomp.benchmark import Benchmark, Question, multiple_choice_prompt
 from xcomp.compare.arms import ResolvedArm, resolve_arms
 from xcomp.compare.records import read_records
 from xcomp.compressor import Chain, Compressor, defines
 from xcomp.config import ConfigError, RunConfig, build_component, split_component
-from xcomp.contract import check_questions, name_of
+from xcomp.contract import ContractError, name_of
 from xcomp.cost import (
     LayerWork,
     LLMShape,
@@ -43,6 +43,7 @@ from xcomp.decoding import DecodingPool, VideoInfo
 from xcomp.layout import merged_lengths
 from xcomp.registry import configure
 from xcomp.schedule import keep_slots, token_counts
+from xcomp.scoring import read_questions
 from xcomp.selector import FrameQuery
 from xcomp.tiny import tiny_backbone
 from xcomp.video import VideoError
@@ -60,13 +61,15 @@ TABLE_E = {1024: (43, 20), 2048: (132, 58), 4096: (448, 187)}
 class QuestionCost:
     """One question of one arm, about one video, from shapes alone. MACs by stage; None where they are not known.
 
-    ``notes`` say what is not known, or is only a bound.
+    ``writing_macs`` are those of the longest answer that generation allows, which is not in ``macs``. ``notes`` say
+    what is not known, or is only a bound.
     """
 
     arm: str
     num_frames: int | None = None
     tokens_per_layer: list[int] | None = None
     macs: dict[str, int | None] = field(default_factory=dict)
+    writing_macs: int = 0
     kv_bytes: int | None = None
     weight_bytes: int | None = None
     notes: list[str] = field(default_factory=list)
@@ -121,6 +124,10 @@ def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -
         pass_cost(shape, work, head_positions=heads, kv_value_bytes=size)
         for work, heads in ((layers, int(needs_question)), (question, int(not needs_question)))
     )
+    held, generation = [layer.keys + (0 if needs_question else suffix) for layer in layers], answerer.generation
+    for written in range(generation.max_new_tokens - 1):  # the last token is not read again
+        step = pass_cost(shape, appended_layers([n + written for n in held], 1), head_positions=1)
+        found.writing_macs += step.macs * generation.num_beams
     found.kv_bytes = prefill.kv_bytes + asked.kv_bytes
     found.weight_bytes = sum(parameter.numel() for parameter in backbone.parameters()) * size
     encoded, found.macs = num_frames, {"vision": None, "select": 0, "prefill": prefill.macs, "answer": asked.macs}
@@ -183,7 +190,8 @@ def nominal_video(config: RunConfig, seconds: float, fps: float = 30.0) -> Video
 class _Arms:
     """The arms of a run as far as they can be built without weights; what cannot is a note."""
 
-    def __init__(self, config: RunConfig, arms: Sequence[ResolvedArm]):
+    def __init__(self, config: RunConfig, arms: Sequence[ResolvedArm], benchmark: Benchmark | None = None):
+        generation = config.generation if benchmark is None else config.generation.limited(benchmark.max_new_tokens)
         self.answerers: dict[str, Answerer] = {}
         self.problems: dict[str, str] = {}
         self._known: dict[str, Any] = {}  # what was built, or why it could not be
@@ -194,7 +202,7 @@ class _Arms:
                     self._build(kind, getattr(arm, kind), partial(build_component, kind), config.plugins)
                     for kind in ("compressor", "selector")
                 ]
-                self.answerers[arm.name] = Answerer(backbone, *parts, budget=arm.frames, generation=config.generation)
+                self.answerers[arm.name] = Answerer(backbone, *parts, budget=arm.frames, generation=generation)
             except ValueError as error:
                 self.problems[arm.name] = " ".join(str(error).split())
 
@@ -314,7 +322,7 @@ def dry_run(config: RunConfig) -> bool:
         query = Query(first.video, first.question, benchmark.prompt(first))
     else:
         query = Query("", QUESTION, multiple_choice_prompt(QUESTION, ["yes", "no", "neither", "both"]))
-    known = _Arms(config, arms)
+    known = _Arms(config, arms, benchmark)
     costs, impossible = known.costs(info, query), known.problems
     console.print(f"counted for {where}: {len(info.candidates)} candidate frames, {info.duration:.0f} s", markup=False)
     console.print(_cost_table([costs[arm.name] for arm in arms]))
@@ -326,11 +334,11 @@ def dry_run(config: RunConfig) -> bool:
 
 def _questions(benchmark: Any, limit: int | None) -> tuple[list[Question], str | None]:
     try:
-        questions = benchmark.questions()
+        return read_questions(benchmark)[:limit], None
+    except ContractError:
+        raise
     except (ValueError, OSError) as error:
         return [], " ".join(str(error).split())
-    check_questions(name_of("benchmark", benchmark), questions)
-    return questions[:limit], None
 
 
 def _find_videos(questions: Sequence[Question], console: Console) -> list[str]:
@@ -431,6 +439,7 @@ def _print_time(
         videos = len({question.video for question in open_questions})
         for stage, macs in costs[arm].macs.items():
             compute += macs * (videos if stage in shared else len(open_questions)) / rate
+        compute += costs[arm].writing_macs * len(open_questions) / rate
     frames = max(cost.num_frames or 0 for cost in costs.values())
     decode = decode_seconds * frames * len({q.video for open_questions in left.values() for q in open_questions})
     console.print(

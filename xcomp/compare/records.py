@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xcomp.answering import Answer, Refused
+from xcomp.answering import Answer, Query, Refused
 from xcomp.benchmark import Benchmark, Question
 from xcomp.config import ConfigError
-from xcomp.contract import name_of, require
 from xcomp.decoding import VideoInfo
 from xcomp.run import write_atomically
+from xcomp.scoring import judge, prompt_sha
 
 RECORDS = "records.jsonl"
 Record = dict[str, Any]
@@ -31,7 +31,13 @@ def rank_file(folder: Path, rank: int, world_size: int) -> Path:
 
 
 def record(
-    arm: str, question: Question, outcome: Answer | Refused, benchmark: Benchmark, info: VideoInfo | None
+    arm: str,
+    question: Question,
+    query: Query,
+    outcome: Answer | Refused,
+    benchmark: Benchmark,
+    info: VideoInfo | None,
+    mode: str,
 ) -> Record:
     """One question's line. Seconds and peak memory are told by ``add_costs``."""
     line = {
@@ -39,23 +45,32 @@ def record(
         "question_id": question.id,
         "video": question.video,
         "category": question.category,
+        "question": question.question,
+        "options": list(question.options),
         "answer": question.answer,
+        "references": list(question.references),
+        "labels": {axis: list(labels) for axis, labels in question.labels.items()},
+        "meta": question.meta,
+        "prompt_sha": prompt_sha(question, query.text),
+        "mode": mode,
         "prediction": None,
         "correct": False,
+        "score": 0.0,
+        "metrics": {},
+        "option_scores": None,
         "events": [list(span) for span in question.events],
         "error": None,
         "reader": None if info is None else f"{info.reader_version}",
     }
     if not isinstance(outcome, Answer):
         return {**line, "error": str(outcome)}
-    prediction = benchmark.parse(outcome.text, question)
-    right = prediction is None or (type(prediction) is int and 0 <= prediction < len(question.options))
-    clause = f"parse() must return an option's number or None, not {prediction!r}"
-    require(right, name_of("benchmark", benchmark), clause)
+    verdict = judge(benchmark, question, outcome.text)
     return {
         **line,
-        "prediction": prediction,
-        "correct": prediction == question.answer,
+        "prediction": verdict.prediction,
+        "correct": verdict.score >= 1,
+        "score": verdict.score,
+        "metrics": verdict.metrics,
         "text": outcome.text,
         "frames": outcome.frames,
         "times": outcome.times,

@@ -42,7 +42,7 @@ from xcomp.compare.report import read_run, table, write_report
 from xcomp.compare.statistics import summarise
 from xcomp.compare.tasks import VideoTask, share_out
 from xcomp.config import ConfigError, RunConfig, build_component, component_parts, split_component
-from xcomp.contract import check_methods, check_questions, name_of
+from xcomp.contract import check_methods
 from xcomp.decoding import DecodingPool
 from xcomp.inflight import PixelBudget, VideoInFlight
 from xcomp.ledger import shares
@@ -50,6 +50,7 @@ from xcomp.memory import PeakMemory
 from xcomp.model import check_sampling
 from xcomp.registry import configure
 from xcomp.run import check_run, hold_run, make_trainer, open_run
+from xcomp.scoring import query_of, read_questions
 from xcomp.selector import shared_selector
 from xcomp.video import VideoError
 
@@ -126,9 +127,7 @@ class Comparison:
 
     def _read_questions(self) -> None:
         """The questions, and a check that there are videos to ask them about."""
-        questions = self.benchmark.questions()
-        check_questions(name_of("benchmark", self.benchmark), questions)
-        self.questions = questions[: self.config.limit]
+        self.questions = read_questions(self.benchmark)[: self.config.limit]
         videos = dict.fromkeys(question.video for question in self.questions)
         missing = [video for video in videos if not os.path.exists(video)]  # which takes any name
         if not missing:
@@ -188,7 +187,7 @@ class Comparison:
                 backbone,
                 *own,
                 budget=arm.frames,
-                generation=config.generation,
+                generation=config.generation.limited(self.benchmark.max_new_tokens),
                 batch_size=config.batch_size,
                 seed=config.seed,
             )
@@ -252,35 +251,35 @@ class Panel(L.LightningModule):
     def predict_step(self, batch: tuple[VideoInFlight, VideoTask, Mapping[str, Question]], batch_idx: int = 0) -> int:
         """Writes the records of one video; returns how many."""
         video, task, questions = batch
-        done: dict[str, list[tuple[Question, Any]]] = {}
+        done: dict[str, list[tuple[Question, Query, Any]]] = {}
         peaks: dict[str, dict[str, int]] = {}
         try:
             for arm, ids in task.open.items():
                 asked = [questions[i] for i in ids]
+                queries = [query_of(self.benchmark, question) for question in asked]
                 with PeakMemory(self.backbone.device) as peak:
-                    outcomes = self._answer(arm, video, asked)
-                done[arm], peaks[arm] = list(zip(asked, outcomes)), peak.bytes
+                    outcomes = self._answer(arm, video, queries)
+                done[arm], peaks[arm] = list(zip(asked, queries, outcomes)), peak.bytes
         finally:  # what was answered is kept, whatever ends the rest
             records = self._records(video, done, peaks)
             append_records(self.writes_to, records)
             video.close()
         return len(records)
 
-    def _answer(self, arm: str, video: VideoInFlight, asked: list[Question]) -> list[Any]:
-        queries = [Query(q.video, q.question, self.benchmark.prompt(q), q.id, q.events) for q in asked]
+    def _answer(self, arm: str, video: VideoInFlight, queries: list[Query]) -> list[Any]:
         try:
             return self.answerers[arm].answer(video, queries)
         except VideoError as error:
-            return [error] * len(asked)
+            return [error] * len(queries)
 
     def _records(self, video: VideoInFlight, done: dict[str, list], peaks: dict[str, dict[str, int]]) -> list[Record]:
-        works = {(arm, q.id): out.work for arm, pairs in done.items() for q, out in pairs if isinstance(out, Answer)}
+        works = {(arm, q.id): out.work for arm, rows in done.items() for q, _, out in rows if isinstance(out, Answer)}
         costs, info = shares(works), video.known
         waiting = video.ledger.seconds_waiting / max(1, len(works))
         lines = []
-        for arm, pairs in done.items():
-            for question, outcome in pairs:
-                line = record(arm, question, outcome, self.benchmark, info)
+        for arm, rows in done.items():
+            for question, query, outcome in rows:
+                line = record(arm, question, query, outcome, self.benchmark, info, "generate")
                 if (cost := costs.get((arm, question.id))) is not None:
                     line |= {
                         "macs": cost.macs,
