@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import made_annotations
 import tiny_llava
 import tiny_qwen
 import tiny_smolvlm
@@ -61,9 +61,6 @@ def selector_options(name: str, folder: Path) -> dict[str, Any]:
 
 
 def benchmark_options(name: str, folder: Path) -> dict[str, Any]:
-    if name == "lvbench":
-        record = {"video": "1", "question": "What?", "candidates": ["(A) one", "(B) two"], "answer": "(B) two"}
-        (folder / "1.mp4").touch()
-        (folder / "lvbench.json").write_text(json.dumps([record]))
-        return {"annotations": str(folder / "lvbench.json"), "videos": str(folder)}
+    if name in ("lvbench", "longvideobench", "mlvu", "videomme"):
+        return made_annotations.make(name, folder)
     return {"num_videos": 3, "seconds": 4.0, "size": 32, "root": str(folder)} if name == "needle" else {}
