@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+from xcomp.parsing import LETTERS, parse_option
 
 
 @dataclass(frozen=True)
@@ -95,27 +95,6 @@ def multiple_choice_prompt(question: str, options: tuple[str, ...] | list[str]) 
         raise ValueError(f"a question has {len(options)} options; it must have 2..{len(LETTERS)}")
     lines = [question, *(f"({LETTERS[i]}) {option}" for i, option in enumerate(options))]
     return "\n".join([*lines, "Answer with the option's letter from the given choices directly."])
-
-
-# --- reading answers --------------------------------------------------------------------------------------------------
-
-
-def parse_letter(text: str, num_options: int) -> int | None:
-    """The first stand-alone option letter, bracketed or not; None if there is none."""
-    match = re.search(rf"(?<![A-Za-z])([A-{LETTERS[num_options - 1]}])(?![A-Za-z])", text)
-    return LETTERS.index(match.group(1)) if match else None
-
-
-def parse_words(text: str, options: tuple[str, ...] | list[str]) -> int | None:
-    """The option that ``text`` consists of, whatever its case; None if it is none of them."""
-    said = text.strip().strip(".").lower()
-    return next((number for number, option in enumerate(options) if option.lower() == said), None)
-
-
-def parse_option(text: str, options: tuple[str, ...] | list[str]) -> int | None:
-    """The option named by its words, else by its letter."""
-    said = parse_words(text, options)
-    return parse_letter(text, len(options)) if said is None else said
 
 
 # --- open questions ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from typing import Any
 import av
 import numpy as np
 
-from xcomp.benchmark import LETTERS, Benchmark, Question, parse_option, parse_words
+from xcomp.benchmark import LETTERS, Benchmark, Question, parse_option
+from xcomp.parsing import parse_words
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 25, 30),
