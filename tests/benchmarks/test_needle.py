@@ -221,6 +221,79 @@ def test_symbols_stay_apart_at_half_size() -> None:
             assert abs(masks[symbol] - masks[other]).mean() > 1 / 8, (symbol, other)
 
 
+# --- Chains -----------------------------------------------------------------------------------------------------------
+
+
+def followed(spec: VideoSpec, question: Question) -> list:
+    """The chain that a question names, looked up by the colours alone."""
+    (start,) = [e for e in spec.events if f"From the {e.colour} symbol on" in question.question]
+    by_colour, chain = {event.colour: event for event in spec.events}, [start]
+    while chain[-1].dot:
+        chain.append(by_colour[chain[-1].dot])
+    return chain
+
+
+@pytest.mark.parametrize(("hops", "num_events"), [(2, 2), (2, 3), (2, 4), (3, 4), (4, 4)])
+def test_a_chain_leads_from_the_named_symbol_to_the_answer(hops: int, num_events: int) -> None:
+    benchmark = needle(hops=hops, num_events=num_events, num_videos=60, seconds=20.0, categories=["chain"])
+    specs = {str(benchmark.path(spec.index)): spec for spec in benchmark.specs()}
+    questions = all_questions(benchmark)
+    assert len(questions) == 60 and Counter(q.answer for q in questions) == dict.fromkeys(range(4), 15)
+    times, asked = set(), set()
+    for question in questions:
+        spec = specs[question.video]
+        chain, last = followed(spec, question), followed(spec, question)[-1]
+        assert len(chain) == hops and question.events == tuple(map(spec.span, chain))
+        where = question.question.endswith("where on the screen is the last symbol?")
+        assert question.options[question.answer] == (last.place if where else last.symbol)
+        assert set(question.options) == set(PLACES if where else SYMBOLS)
+        rest = [event for event in spec.events if event not in chain]
+        assert sum(event.dot is not None for event in rest) == max(0, len(rest) - 1)  # a chain of their own
+        asked.add(where)
+        times.add(chain[0].start < chain[1].start)
+    assert asked == times == {False, True}  # and in any order of time
+
+
+def test_chains_change_nothing_else(tmp_path: Path) -> None:
+    """Scenes and events are those without chains, but for the dots; without chains, all is as it was before."""
+    plain, chained = (needle(num_events=3, seconds=12.0, hops=hops) for hops in (0, 2))
+    for a, b in zip(plain.specs(), chained.specs(), strict=True):
+        assert a.scenes == b.scenes and a.events == tuple(replace(event, dot=None) for event in b.events)
+        assert all(event.dot is None for event in a.events)
+        assert sum(event.dot is not None for event in b.events) == 1
+    assert plain.folder != chained.folder and needle().folder.name == "test-3fb5b373f4"
+    assert [q.category for q in all_questions(plain)].count("chain") == 0
+    assert Counter(q.category for q in all_questions(chained)) == dict.fromkeys((*CATEGORIES, "chain"), 3)
+
+
+def test_dots_are_seen_in_their_time(tmp_path: Path) -> None:
+    benchmark = needle(tmp_path, num_videos=4, distractors=0, hops=3, num_events=4, seconds=12.0)
+    dots = 0
+    for spec in benchmark.generate():
+        frames = decode(benchmark.path(spec.index)).astype(float)
+        for event in spec.events:
+            x, y = event.centre
+            near = frames[:, y - 1 : y + 2, x - 1 : x + 2].mean(axis=(1, 2))
+            if event.dot:
+                inside = np.linalg.norm(near - np.array(COLOURS[event.dot]), axis=-1) < 60
+                assert inside[event.start : event.stop].all()
+                assert not np.delete(inside, np.arange(event.start, event.stop)).any()
+                dots += 1
+    assert dots == 4 * 2
+
+
+def test_chains_are_trained_on_like_other_questions(tmp_path: Path) -> None:
+    benchmark = needle(tmp_path, hops=2, num_videos=2, split="train", answers="words")
+    records = benchmark.training_records(("describe", "dialogue"))
+    assert [len(record["conversations"]) for record in records] == [2, 10, 2, 10]
+    for spec, record in zip(benchmark.specs(), records[::2]):
+        (pointing,) = [event for event in spec.events if event.dot]
+        assert f"{pointing.caption}" in record["conversations"][1]["value"]
+        assert pointing.caption.endswith(f" and {pointing.dot} dot")
+    recorded = json.loads((benchmark.folder / "manifest.json").read_text())["videos"][0]["events"]
+    assert [event.get("dot") for event in recorded] == [event.dot for event in benchmark.specs()[0].events]
+
+
 # --- Training records -------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +396,12 @@ def test_numbers_of_events_can_differ(tmp_path: Path) -> None:
         ({"categories": ["first"], "seconds": 1.0}, "'first' needs two events"),
         ({"questions_per_video": 8}, "questions_per_video=8: a video has 1..7"),
         ({"questions_per_video": 0}, "questions_per_video=0"),
+        ({"hops": 1}, "hops=1 must be 0 or from 2, and every video must have so many events"),
+        ({"hops": -2}, "hops=-2 must be an integer from 0"),
+        ({"hops": 3}, r"hops=3 must be .* \(num_events, event_counts\), which are 2"),
+        ({"hops": 2, "event_counts": [1, 2]}, "hops=2 must be .*which are 1"),
+        ({"categories": ["chain"]}, "category 'chain' needs hops, from 2"),
+        ({"hops": 2, "questions_per_video": 9}, "questions_per_video=9: a video has 1..8 questions"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:

@@ -6,6 +6,10 @@ for an event's colour, place or symbol, or which symbol came first; the other ev
 options, so a model that saw the wrong event, or none, gains nothing. The videos are drawn with numpy and written as
 real H.264 files, so that they take the same way through reader, sampler and selector as any other video.
 
+With ``hops`` events form chains: a dot in a symbol has the colour of the symbol to look for next, at any other time.
+One question a video names the first symbol of a chain of so many events and asks for the last one, so that each has to
+be found before one knows which comes next. The other events are a chain of their own.
+
 Everything follows from (options, seed, split, video number): the same options give the same frames and questions, and
 a larger ``num_videos`` extends a smaller set. Shape letters: T frames, H = W = ``size`` pixels.
 """
@@ -16,7 +20,8 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +46,8 @@ SYMBOLS = ("cross", "ring", "hourglass", "arch")
 DISTRACTORS = ("circle", "square", "triangle")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 CATEGORIES = ("colour", "where", "what", "first")
+CHAIN = "chain"  # a category beside them, with ``hops``
+ONCE = ("first", CHAIN)  # of which a video has one question
 SPLITS = ("train", "validation", "test")
 TASKS = ("describe", "open", "choice", "dialogue", "list")
 
@@ -54,7 +61,10 @@ NUM_OPTIONS = 4
 
 @dataclass(frozen=True)
 class Event:
-    """A symbol standing at ``centre`` (x, y pixels) in the frames ``start`` (inclusive) to ``stop`` (exclusive)."""
+    """A symbol standing at ``centre`` (x, y pixels) in the frames ``start`` (inclusive) to ``stop`` (exclusive).
+
+    ``dot``: the colour of the dot in it, which is that of the next event of its chain.
+    """
 
     symbol: str
     colour: str
@@ -63,10 +73,16 @@ class Event:
     stop: int
     centre: tuple[int, int]
     side: int
+    dot: str | None = None
+
+    @property
+    def parts(self) -> list[tuple[str, str, int]]:
+        """(shape, colour, side) of what is drawn, in this order, all around the centre."""
+        return [(self.symbol, self.colour, self.side), *([("circle", self.dot, self.side // 3)] if self.dot else [])]
 
     @property
     def caption(self) -> str:
-        return f"{self.colour} {self.symbol} {self.place}"
+        return f"{self.colour} {self.symbol} {self.place}" + (f" and {self.dot} dot" if self.dot else "")
 
 
 @dataclass(frozen=True)
@@ -123,12 +139,14 @@ def make_spec(config: Needle.Config, index: int) -> VideoSpec:
     num_frames = _num_frames(seconds, config.fps)
     count = int(rng.choice(config.event_counts)) if config.event_counts else config.num_events
     events = _draw_events(rng, config, num_frames, count)
+    if config.hops:
+        events = _chained(_generator(config, 3, index), events, config.hops)
     scenes = _draw_scenes(rng, config, num_frames)
     return VideoSpec(index, num_frames, config.fps, config.size, scenes, events)
 
 
 def _generator(config: Needle.Config, stream: int, *numbers: int) -> np.random.Generator:
-    """Independent random numbers for each seed, split, stream (world, questions, answer slots) and video."""
+    """Independent random numbers for each seed, split, stream (world, questions, answer slots, chains) and video."""
     return np.random.default_rng(np.random.SeedSequence([config.seed, SPLITS.index(config.split), stream, *numbers]))
 
 
@@ -149,6 +167,22 @@ def _draw_events(rng: np.random.Generator, config: Needle.Config, num_frames: in
         event = Event(str(symbol), str(colour), str(place), start, start + length, (round(x), round(y)), side)
         events.append(event)
     return tuple(sorted(events, key=lambda event: (event.start, PLACES.index(event.place))))
+
+
+def _chained(rng: np.random.Generator, events: tuple[Event, ...], hops: int) -> tuple[Event, ...]:
+    """The events with dots: ``hops`` of them, in random order, are a chain, and the rest another."""
+    order = rng.permutation(len(events)).tolist()
+    following = {a: b for chain in (order[:hops], order[hops:]) for a, b in zip(chain, chain[1:])}
+    dots = [events[following[i]].colour if i in following else None for i in range(len(events))]
+    return tuple(replace(event, dot=dot) for event, dot in zip(events, dots, strict=True))
+
+
+def chain_from(events: Sequence[Event], first: Event) -> list[Event]:
+    """``first`` and what one gets to by the colours of the dots."""
+    chain = [first]
+    while chain[-1].dot is not None:
+        chain.append(next(event for event in events if event.colour == chain[-1].dot))
+    return chain
 
 
 def _draw_starts(rng: np.random.Generator, config: Needle.Config, num_frames: int, count: int) -> tuple[list[int], int]:
@@ -267,9 +301,10 @@ def render_scene(spec: VideoSpec, scene: Scene) -> np.ndarray:
             np.copyto(frame[y : y + len(mask), x : x + len(mask)], pixels, where=mask)
     for event in spec.events:
         first, last = max(event.start - scene.start, 0), max(event.stop - scene.start, 0)
-        pixels, mask = sprite(event.symbol, event.colour, event.side)
-        x, y = _corner(event.centre, event.side, spec.size).tolist()
-        np.copyto(frames[first:last, y : y + len(mask), x : x + len(mask)], pixels, where=mask)
+        for name, colour, side in event.parts:
+            pixels, mask = sprite(name, colour, side)
+            x, y = _corner(event.centre, side, spec.size).tolist()
+            np.copyto(frames[first:last, y : y + len(mask), x : x + len(mask)], pixels, where=mask)
     return frames
 
 
@@ -332,9 +367,15 @@ class _Ask:
 
 
 def _ask(rng: np.random.Generator, spec: VideoSpec, category: str, event: Event) -> _Ask:
-    """One question of ``category`` on ``event``, with wrong options in random order."""
+    """One question of ``category`` on ``event`` (the first of a chain), with wrong options in random order."""
     others = [other for other in spec.events if other is not event]
-    if category == "first":
+    if category == CHAIN:
+        seen = tuple(chain_from(spec.events, event))
+        where = bool(rng.integers(2))
+        asked = "where on the screen is the last symbol?" if where else "which symbol is the last?"
+        text = f"A dot has the colour of the next symbol. From the {event.colour} symbol on, {asked}"
+        right, pool = (seen[-1].place, PLACES) if where else (seen[-1].symbol, SYMBOLS)
+    elif category == "first":
         text, right, pool, seen = "Which symbol appears first?", spec.events[0].symbol, SYMBOLS, spec.events
     elif category == "colour":
         text, right, pool, seen = f"What colour is the {event.symbol}?", event.colour, tuple(COLOURS), (event,)
@@ -368,12 +409,15 @@ class Needle(Benchmark):
         event_seconds: float = 2.0  # how long an event lasts; as long as the video or longer: events at the same time
         num_events: int = 2  # in every video ...
         event_counts: list[int] = field(default_factory=list)  # ... or, if given, counts to draw from for each video
+        hops: int = 0  # events of the chain that one question follows, each naming the next by a dot; 0: no chains
         distractors: int = 3  # most distractor shapes in a scene, which has at least one; 0: none at all
         size: int = NATIVE_SIZE  # pixels, even
         fps: int = 8
         seed: int = 0
         questions_per_video: int | None = None  # None: one of each category
-        categories: list[str] = field(default_factory=list)  # of colour, where, what, first; empty: all that apply
+        categories: list[str] = field(
+            default_factory=list
+        )  # of colour, where, what, first, chain; empty: all that apply
         answers: str = "letter"  # how to answer: by an option's letter, or in the option's words (for small models)
         root: str = "runs/needle"  # videos are written to <root>/<split>-<hash of the options>/
 
@@ -396,12 +440,13 @@ class Needle(Benchmark):
 
         def kinds(self, num_frames: int, num_events: int) -> tuple[str, ...]:
             """The categories asked of a video of ``num_frames`` with ``num_events``."""
+            known = (*CATEGORIES, CHAIN) if self.hops else CATEGORIES
             ordered = num_events > 1 and not self.simultaneous(num_frames)
-            return tuple(kind for kind in self.categories or CATEGORIES if kind != "first" or ordered)
+            return tuple(kind for kind in self.categories or known if kind != "first" or ordered)
 
         def most_questions(self, num_frames: int, num_events: int) -> int:
             """How many different questions a video of ``num_frames`` with ``num_events`` has."""
-            return sum(1 if kind == "first" else num_events for kind in self.kinds(num_frames, num_events))
+            return sum(1 if kind in ONCE else num_events for kind in self.kinds(num_frames, num_events))
 
     @property
     def folder(self) -> Path:
@@ -411,6 +456,7 @@ class Needle(Benchmark):
         options = {name: float(getattr(config, name)) for name in names}
         options |= {"lengths": config.durations, "version": WORLD_VERSION}
         options |= {"event_counts": config.event_counts} if config.event_counts else {}
+        options |= {"hops": config.hops} if config.hops else {}
         digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:10]
         return Path(config.root) / f"{config.split}-{digest}"
 
@@ -444,13 +490,20 @@ class Needle(Benchmark):
         rng = _generator(self.config, 1, spec.index)
         kinds = self.config.kinds(spec.num_frames, len(spec.events))
         order = {kind: rng.permutation(len(spec.events)).tolist() for kind in kinds}
+        if CHAIN in kinds:
+            order[CHAIN] = [i for i in order[CHAIN] if self._starts_chain(spec, spec.events[i])]
         questions = []
         for turn in range(len(spec.events)):
             for kind in rng.permutation(kinds).tolist():
-                if turn == 0 or kind != "first":
+                if turn == 0 or kind not in ONCE:
                     ask = _ask(rng, spec, kind, spec.events[order[kind][turn]])
                     questions.append(self._question(spec, ask, turn))
         return questions[: self.config.questions_per_video or len(kinds)]
+
+    def _starts_chain(self, spec: VideoSpec, event: Event) -> bool:
+        """Whether a chain of ``hops`` events begins here: no dot leads to it, and it leads on."""
+        led_to = {other.dot for other in spec.events}
+        return event.colour not in led_to and len(chain_from(spec.events, event)) == self.config.hops
 
     def _question(self, spec: VideoSpec, ask: _Ask, turn: int) -> Question:
         slot = self._slot(spec.index, ask.category, turn)
@@ -463,7 +516,8 @@ class Needle(Benchmark):
 
     def _slot(self, index: int, category: str, turn: int) -> int:
         """The right option's position: within each four videos in a row, every position once a category."""
-        rng = _generator(self.config, 2, index // NUM_OPTIONS, CATEGORIES.index(category), turn)
+        kind = (*CATEGORIES, CHAIN).index(category)
+        rng = _generator(self.config, 2, index // NUM_OPTIONS, kind, turn)
         return int(rng.permutation(NUM_OPTIONS)[index % NUM_OPTIONS])
 
     def prompt(self, question: Question) -> str:
@@ -519,9 +573,10 @@ class Needle(Benchmark):
 
 def _event_records(spec: VideoSpec) -> list[dict[str, Any]]:
     """The events as plain data, in seconds."""
-    fields = ("symbol", "colour", "place")
+    fields = ("symbol", "colour", "place", "dot")
     spans = ({"start": start, "end": end} for start, end in map(spec.span, spec.events))
-    return [{name: getattr(e, name) for name in fields} | span for e, span in zip(spec.events, spans, strict=True)]
+    found = zip(spec.events, spans, strict=True)
+    return [{n: getattr(e, n) for n in fields if getattr(e, n) is not None} | span for e, span in found]
 
 
 def _write_manifest(path: Path, config: Needle.Config, specs: list[VideoSpec]) -> None:
@@ -547,7 +602,13 @@ def _check(config: Needle.Config) -> None:
     _require(config.answers in ("letter", "words"), f"answers={config.answers!r} is not letter or words")
     _require(config.split in SPLITS, f"split={config.split!r} is not one of {', '.join(SPLITS)}")
     for category in config.categories:
-        _require(category in CATEGORIES, f"categories: {category!r} is not one of {', '.join(CATEGORIES)}")
+        known = (*CATEGORIES, CHAIN)
+        _require(category in known, f"categories: {category!r} is not one of {', '.join(known)}")
+    _require(isinstance(config.hops, int) and config.hops >= 0, f"hops={config.hops!r} must be an integer from 0")
+    fits = config.hops == 0 or 2 <= config.hops <= min(config.counts)
+    few = f"every video must have so many events (num_events, event_counts), which are {min(config.counts)}"
+    _require(fits, f"hops={config.hops} must be 0 or from 2, and {few}")
+    _require(config.hops or CHAIN not in config.categories, "category 'chain' needs hops, from 2")
     _require(len(set(config.categories)) == len(config.categories), f"categories={config.categories} has one twice")
     for name, value in (("event_seconds", config.event_seconds), *(("seconds", s) for s in config.durations)):
         _require(math.isfinite(value), f"{name}={value} must be a number of seconds")
