@@ -253,7 +253,7 @@ def test_what_changes_no_step_may_change(make, stopped, whole, options, top):
         ({}, {"seed": 1}, "seed was 0, now 1"),
         ({}, {"compressor": "none"}, "compressor was 'lp_comp', now 'none'"),
         ({}, {"trainer": {"precision": "bf16-true"}}, "trainer.precision was None, now 'bf16-true'"),
-        ({}, {"trainer": {"accumulate_grad_batches": 2}}, "trainer.accumulate_grad_batches was None, now 2"),
+        ({}, {"trainer": {"accumulate_grad_batches": 2}}, "a step took 1 batches .*, now it would take 2 .1 dev"),
     ],
 )
 def test_what_changes_a_step_is_refused_by_name(make, stopped, options, top, key):
@@ -317,6 +317,76 @@ def test_without_checkpoints_a_tuned_run_takes_no_more_steps(make):
     run(make("run", off))
     with pytest.raises(ConfigError, match="holds a model tuned for 6 steps and no checkpoint to go on from; choose"):
         run(make("run", off, steps=8))
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def close(first, second):
+    """Losses of the same steps, but for the order of sums."""
+    assert first.keys() == second.keys()
+    return all(abs(float(first[step]) - float(second[step])) < 1e-5 for step in first)
+
+
+@pytest.fixture
+def alone(make):
+    """Options of a run whose steps take two batches of one record, and what one process makes of it."""
+    options = {"batch_size": 1, "validation": True}
+    model = run(make("alone", {"trainer": {"accumulate_grad_batches": 2}}, **options))
+    losses = [logged(model.parent, f"{part}/loss") for part in ("train", "validation")]
+    assert len(losses[0]) == 6 and len(losses[1]) == 1
+    return options, weights(model), losses
+
+
+def test_two_ranks_that_start_at_once_make_the_steps_of_one_process(make, alone, tmp_path):
+    options, tuned, losses = alone
+    two = make("two", {"trainer": {"devices": 2, "strategy": "ddp"}}, **options)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(two))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    launched |= {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}  # as torchrun does
+    command = [sys.executable, "-m", "xcomp.cli", "tune", str(tmp_path / "two.yaml")]
+    ranks = [
+        subprocess.Popen(
+            command, env={**os.environ, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=300) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    folder = tmp_path / "runs" / "two"
+    assert [out.count("tuned model") for out, _ in said] == [1, 0] and len(list(folder.glob("logs/*"))) == 1
+    assert all(close(logged(folder, f"{part}/loss"), alone) for part, alone in zip(("train", "validation"), losses))
+    found = weights(folder / "model")
+    assert max((found[name] - tuned[name]).abs().max() for name in tuned) < 1e-5
+
+
+def test_a_stopped_run_goes_on_in_two_processes_that_share_the_model(make, alone, stop_at, tmp_path):
+    """FSDP2, from the checkpoint of one process; the steps stay those of one process."""
+    options, tuned, losses = alone
+    stop_at(7)  # the first batch of the fourth step
+    with pytest.raises(Stopped):
+        run(make("two", {"trainer": {"accumulate_grad_batches": 2}}, **options))
+    two = make("two", {"trainer": {"devices": 2, "strategy": "fsdp2"}}, **options, gradient_checkpointing=True)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(two))
+    command = [sys.executable, "-m", "xcomp.cli", "tune", str(tmp_path / "two.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "two"
+    assert checkpoints(folder) == ["step=4.ckpt", "step=6.ckpt"]
+    assert all(close(logged(folder, f"{part}/loss"), alone) for part, alone in zip(("train", "validation"), losses))
+    found = weights(folder / "model")
+    assert max((found[name] - tuned[name]).abs().max() for name in tuned) < 1e-5
+    state = torch.load(folder / "checkpoints" / "step=6.ckpt", weights_only=True)["state_dict"]
+    loaded = xcomp.load_backbone("videochat_flash", checkpoint=str(folder / "model"))
+    assert same(dict(loaded.named_parameters()), {n: state[f"backbone.{n}"] for n, _ in loaded.named_parameters()})
+
+
+def test_a_model_in_pieces_takes_no_rule_that_looks_at_the_data(make):
+    with pytest.raises(ConfigError, match="fsdp2, but compressor 'fastv' looks at the data inside the language model"):
+        run(make("run", {"compressor": "fastv", "trainer": {"strategy": "fsdp2"}}))
 
 
 # --- one process at a time --------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from tuning_runs import checkpoints, logged, same, tuning_config, weights
 
 import xcomp
@@ -222,10 +221,31 @@ def test_loggers_and_checkpoints_can_be_left_out(make, option):
     assert not (folder / "checkpoints").exists() or option.get("enable_checkpointing", True)
 
 
-def test_a_strategy_with_checkpoints_of_its_own_is_refused(make, monkeypatch):
-    monkeypatch.setattr("xcomp.tuning.ModelParallelStrategy", SingleDeviceStrategy)  # the real ones need more devices
-    with pytest.raises(ConfigError, match="reading SingleDeviceStrategy's checkpoints may run code; use ddp"):
-        run(make("run"))
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        ("fsdp", "trainer.strategy is 'fsdp', which cannot clip gradients by their norm; use fsdp2"),
+        ("deepspeed_stage_2", "needs the package deepspeed: pip install deepspeed; or use fsdp2"),
+        ("dpd", "trainer: .*strategy='dpd'"),
+        ({"name": "ddp"}, "it must be a name, like ddp or fsdp2"),
+    ],
+)
+def test_a_strategy_that_cannot_be_is_refused_by_name(make, name, line):
+    with pytest.raises(ConfigError, match=line):
+        run(make("run", {"trainer": {"strategy": name}}))
+
+
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        ("deepspeed_stage_3", "gathers for whole layers alone; did you mean 'deepspeed_stage_2'"),
+        ("deepspeed_stage_2", "set trainer.enable_checkpointing=false"),
+    ],
+)
+def test_what_deepspeed_cannot_do_here_is_refused(make, monkeypatch, name, line):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if it were installed
+    with pytest.raises(ConfigError, match=line):
+        run(make("run", {"trainer": {"strategy": name}}))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +274,7 @@ def test_wandb_is_handed_to_lightning(make, monkeypatch):
         return CSVLogger(options["save_dir"], name="wandb")
 
     monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
-    monkeypatch.setattr("xcomp.tuning.WandbLogger", logger)
+    monkeypatch.setattr("xcomp.trainer.WandbLogger", logger)
     folder = run(make("run", {"trainer": {"logger": ["wandb", "none"]}}, steps=1)).parent
     assert asked == {"name": "run", "save_dir": folder, "project": "xcomp"} and list(folder.glob("wandb/*/metrics.csv"))
 

@@ -167,9 +167,13 @@ def _report(options: argparse.Namespace) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     config = _load(options)
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
     from xcomp.tuning import tune
 
-    print(f"tuned model: {tune(config)}")
+    folder = tune(config)
+    if rank_zero_only.rank == 0:
+        print(f"tuned model: {folder}")
 
 
 def _evaluate(options: argparse.Namespace) -> int | None:

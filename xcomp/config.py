@@ -29,6 +29,13 @@ from xcomp.shipped import built_in
 
 TRAINABLE = ("llm", "projector", "vision", "compressor")
 DTYPES = ("float32", "bfloat16", "float16")
+# Schedules of the learning rate, after a warm-up, as transformers calls them.
+LR_SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+    "inverse_sqrt": "inverse_sqrt",
+}
 MAX_DEPTH = 32  # OmegaConf gives up below 100, and a YAML parser that recurses much further ends the process
 MAX_NAME = 255  # bytes; what file systems take
 
@@ -119,6 +126,11 @@ class Tune:
     gradient_checkpointing: bool = False
     save_every: int = 200  # steps between checkpoints one can resume from
     save_dtype: str | None = None  # dtype of the checkpoint folder that is written at the end; default as computed
+    # How it is trained.
+    learning_rates: dict[str, float] = field(default_factory=dict)  # part → rate, where it is not learning_rate
+    schedule: str = (
+        "cosine"  # of the learning rate, after the warm-up: cosine, linear (both to 0), constant, inverse_sqrt
+    )
 
 
 @dataclass
@@ -441,6 +453,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         (config.limit is None or config.limit >= 1, f"limit is {config.limit}; it must be at least 1"),
         (config.sampling.rate > 0, f"sampling.rate is {config.sampling.rate}; it must be above 0 frames a second"),
         *_generation_rules(config.generation),
+        *_training_rules(config.tune),
         *_decoding_rules(config.decoding, config.memory),
         (config.tune.weight_decay >= 0, f"tune.weight_decay is {config.tune.weight_decay}; it must be at least 0"),
         (0 <= config.tune.warmup_ratio <= 1, f"tune.warmup_ratio is {config.tune.warmup_ratio}; it must be 0..1"),
@@ -469,6 +482,26 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         if not holds:
             raise ConfigError(f"config '{where}': {message}")
     _check_sampling(config.sampling, where)
+
+
+def _training_rules(t: Tune) -> list[tuple[bool, str]]:
+    """As ``_generation_rules``."""
+    schedules = ", ".join(LR_SCHEDULES)
+    return [
+        (
+            t.schedule in LR_SCHEDULES,
+            f"tune.schedule is '{t.schedule}';{nearest(t.schedule, LR_SCHEDULES)} schedules: {schedules}",
+        ),
+        *(
+            (
+                part in t.train,
+                f"tune.learning_rates names '{part}', which is not trained;{nearest(part, t.train)} tune.train: "
+                f"{', '.join(t.train)}",
+            )
+            for part in t.learning_rates
+        ),
+        *((rate > 0, f"tune.learning_rates.{k} is {rate}; it must be above 0") for k, rate in t.learning_rates.items()),
+    ]
 
 
 def _decoding_rules(d: Decoding, m: Memory) -> list[tuple[bool, str]]:

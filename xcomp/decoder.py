@@ -493,6 +493,11 @@ class Decoder:
     # --- one layer --------------------------------------------------------------------------------------------------
 
     def _layer(self, layer: int, *args: Any) -> Tensor:
+        within = getattr(
+            self.backbone.language_model.layers[layer], "within", None
+        )  # weights in pieces: xcomp.sharding
+        if within is not None:
+            return within(self._checkpointed, self._layer_body, layer, *args)
         return self._checkpointed(self._layer_body, layer, *args)
 
     def _checkpointed(self, part: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -6,7 +6,8 @@ answer them (:mod:`xcomp.answering`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,27 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.nn import Module, ModuleDict, Parameter
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_scheduler
 from transformers.generation import BaseStreamer
 
 from xcomp.answering import Answer, Answerer, Query, Refused
 from xcomp.backbone import Backbone
 from xcomp.benchmark import Benchmark, multiple_choice_prompt, parse_option
 from xcomp.compressor import Compressor
-from xcomp.config import ConfigError, Decoding, Generation, Memory, RunConfig, Sampling, Tune, build_component
+from xcomp.config import (
+    LR_SCHEDULES,
+    ConfigError,
+    Decoding,
+    Generation,
+    Memory,
+    RunConfig,
+    Sampling,
+    Tune,
+    build_component,
+)
 from xcomp.contract import name_of
 from xcomp.data.module import Sample
 from xcomp.data.records import IGNORED
@@ -33,8 +45,19 @@ from xcomp.inflight import VideoInFlight
 from xcomp.ledger import shares
 from xcomp.scoring import judge
 from xcomp.selector import FrameSelector
+from xcomp.sharding import is_sharded, shard
 from xcomp.video import VideoError
 from xcomp.visual import VisualTokens
+
+
+def rename_states(state: dict[str, Any], names: Mapping[Any, Any]) -> None:
+    """Call the parameters of an optimizer's ``state_dict`` by other names or numbers, in place, in their order."""
+    order = {new: place for place, new in enumerate(names.values())}
+    if not state or not all(key in names for group in state["param_groups"] for key in group["params"]):
+        return  # of another process, or named so already
+    state["state"] = {names[key]: value for key, value in state["state"].items()}
+    for group in state["param_groups"]:
+        group["params"] = sorted((names[key] for key in group["params"]), key=order.__getitem__)
 
 
 def check_sampling(sampling: Sampling, backbone: Backbone) -> None:
@@ -87,6 +110,8 @@ class VideoQA(L.LightningModule):
         self.memory = memory or Memory()
         self.decoder = Decoder(self.backbone, self.compressor, checkpointing=self.tune.gradient_checkpointing)
         self.accuracy = MeanMetric()
+        self.validation = ModuleDict({name: MeanMetric() for name in ("loss", "token_accuracy")})  # of all ranks
+        self._of_step: list[Tensor] = []  # loss and accuracy of the batches that one optimizer step takes
 
     @classmethod
     def from_config(cls, config: RunConfig, backbone: Backbone | None = None) -> VideoQA:
@@ -214,23 +239,57 @@ class VideoQA(L.LightningModule):
 
     def training_step(self, batch: list[Sample], batch_idx: int) -> Tensor:
         loss, right = self._loss(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
-        self.log("train/token_accuracy", right, prog_bar=True, batch_size=len(batch))
+        self._of_step.append(torch.stack([loss.detach().float(), right.detach()]))
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the means over a step's batches, of all ranks."""
+        loss, right = torch.stack(self._of_step).mean(0)
+        self._of_step.clear()
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("train/token_accuracy", right, prog_bar=True, sync_dist=True)
+
     def validation_step(self, batch: list[Sample], batch_idx: int) -> None:
-        loss, right = self._loss(batch)
-        self.log("validation/loss", loss, prog_bar=True, batch_size=len(batch))
-        self.log("validation/token_accuracy", right, prog_bar=True, batch_size=len(batch))
+        repeated = self.trainer.datamodule.repeated(batch_idx, len(batch))
+        new = len(batch) - repeated
+        loss, right = self._loss(batch[:new] or batch)  # which ranks that hold a part of the model run together
+        for name, value in (("loss", loss), ("token_accuracy", right)):
+            self.validation[name].update(value, weight=new)
+            self.log(f"validation/{name}", self.validation[name], prog_bar=True, batch_size=len(batch))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # lists of unequal samples: each tensor moves where it is used
+
+    def configure_model(self) -> None:
+        """Lightning's hook, on every process: where the strategy holds the model in pieces, cut it."""
+        if is_sharded(self.trainer):
+            mesh = self.device_mesh["data_parallel"]
+            shard(self, self.backbone, mesh, "training_step", "validation_step")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the parameters of optimizer states, which strategies number in ways of their own."""
+        for state, optimizer in zip(checkpoint.get("optimizer_states", []), self.trainer.optimizers):
+            names = {id(parameter): name for name, parameter in self.named_parameters()}
+            numbered = [id(p) for group in optimizer.param_groups for p in group["params"]]
+            if is_sharded(self.trainer):  # there, all parameters are numbered
+                numbered = list(names)
+            rename_states(state, {number: names[parameter] for number, parameter in enumerate(numbered)})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not is_sharded(self.trainer):
+            numbers = {name: i for i, name in enumerate(n for _, group in self._groups() for n in group)}
+            for state in checkpoint.get("optimizer_states", []):
+                rename_states(state, numbers)
+
+    def _parts(self) -> dict[str, list[Module]]:
+        """What ``tune.train`` can name."""
+        return {**self.backbone.parts(), "compressor": [self.compressor]}
 
     def freeze_untrained(self) -> None:
         """Let gradients reach only the parts that ``tune.train`` names."""
         self.backbone.requires_grad_(False)
         self.compressor.requires_grad_(False)
-        parts = {**self.backbone.parts(), "compressor": [self.compressor]}
+        parts = self._parts()
         if "compressor" in self.tune.train and not any(True for _ in self.compressor.parameters()):
             name = name_of("compressor", self.compressor)
             raise ConfigError(f"tune.train names 'compressor', but {name} has no parameters")
@@ -238,10 +297,26 @@ class VideoQA(L.LightningModule):
             for module in parts[name]:
                 module.requires_grad_(True)
 
+    def _groups(self) -> list[tuple[str | None, dict[str, Parameter]]]:
+        """(part, its trained parameters by name): a group of the optimizer for each learning rate."""
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        if not self.tune.learning_rates:
+            return [(None, trained)]
+        groups = []
+        for part, modules in self._parts().items():
+            own = {id(p) for module in modules for p in module.parameters()}
+            if group := {name: p for name, p in trained.items() if id(p) in own}:
+                groups.append((part, group))
+                trained = {name: p for name, p in trained.items() if name not in group}
+        return groups
+
     def configure_optimizers(self) -> dict[str, Any]:
         tune = self.tune
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=tune.learning_rate, weight_decay=tune.weight_decay)
-        warmup = round(tune.warmup_ratio * tune.steps)
-        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, tune.steps)
+        groups: list[dict[str, Any]] = [{"params": list(own.values())} for _, own in self._groups()]
+        if tune.learning_rates:
+            for group, (part, _) in zip(groups, self._groups()):
+                group |= {"lr": tune.learning_rates.get(part, tune.learning_rate), "name": part}
+        optimizer = torch.optim.AdamW(groups, lr=tune.learning_rate, weight_decay=tune.weight_decay)
+        warmup = math.ceil(tune.warmup_ratio * tune.steps)
+        schedule = get_scheduler(LR_SCHEDULES[tune.schedule], optimizer, warmup, tune.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

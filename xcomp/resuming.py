@@ -72,12 +72,17 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where a run goes on: a checkpoint, the optimizer steps it has behind it and of how many; what was no good."""
+    """Where a run goes on: a checkpoint, the optimizer steps it has behind it and of how many; what was no good.
+
+    A step took the batches of ``ranks`` processes, ``accumulated`` of each.
+    """
 
     path: Path
     step: int
     steps: int | None
     damaged: list[str] = field(default_factory=list)
+    ranks: int | None = None
+    accumulated: int | None = None
 
 
 def newest_checkpoint(folder: Path) -> Resume | None:
@@ -91,8 +96,9 @@ def newest_checkpoint(folder: Path) -> Resume | None:
         try:
             # Mapped, so that only the description is read, which torch writes last: a file that was cut off has none.
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            steps = content["callbacks"].get(StepCheckpoints.__name__, {}).get("steps")
-            return Resume(path, content["global_step"], steps, damaged)
+            own = content["callbacks"].get(StepCheckpoints.__name__, {})
+            ranks, accumulated = own.get("ranks"), own.get("accumulated")
+            return Resume(path, content["global_step"], own.get("steps"), damaged, ranks, accumulated)
         except UnpicklingError as error:
             raise ConfigError(_forbidden(path, error)) from error
         except (RuntimeError, EOFError, KeyError, TypeError, AttributeError):  # torch has no error of its own for it
@@ -195,7 +201,7 @@ class StopAtStep(Callback):
 
 
 class StepSeed(Callback):
-    """Random numbers of a batch (dropout) follow from the run's seed, the batch's number and the rank.
+    """Random numbers of a batch (dropout) follow from the run's seed and the batch's number among those of all ranks.
 
     A checkpoint then needs no generator's state, which would differ with the number of workers and of validations.
     """
@@ -204,8 +210,8 @@ class StepSeed(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        number = trainer.fit_loop.total_batch_idx  # over all epochs
-        torch.manual_seed(hash((self.seed, number, trainer.global_rank)) & 0x7FFFFFFF)
+        number = trainer.fit_loop.total_batch_idx * trainer.world_size + trainer.global_rank  # over all epochs
+        torch.manual_seed(hash((self.seed, number)) & 0x7FFFFFFF)
 
 
 class StepCheckpoints(Checkpoint):
@@ -219,9 +225,21 @@ class StepCheckpoints(Checkpoint):
         self.folder, self.every, self.steps, self.stop = folder / CHECKPOINTS, every, steps, stop
         self.newest: Path | None = None
         self._loop: dict[str, Any] = {}
+        self._ranks = self._accumulated = 1
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self._ranks, self._accumulated = trainer.world_size, trainer.accumulate_grad_batches
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
+        return {"steps": self.steps, "ranks": self._ranks, "accumulated": self._accumulated}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Lightning counts a rank's batches; with other ranks, as many steps are another number of them.
+        before = checkpoint["callbacks"].get(self.state_key, {}).get("accumulated") or self._accumulated
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for count in (progress["total"], progress["current"]):
+            for name in count:
+                count[name] = count[name] * self._accumulated // before
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # A run that Lightning resumed at the end of an epoch does not count the next one as begun. Resumed once more,

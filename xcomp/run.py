@@ -39,6 +39,8 @@ FREE_KEYS = {
         *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"),
         *("trainer.enable_checkpointing", "trainer.default_root_dir", "trainer.profiler"),
         *("trainer.accelerator", "backbone.device"),
+        # As long as a step takes as many batches, which the checkpoint knows.
+        *("trainer.accumulate_grad_batches", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     ),
     "compare": ("batch_size", "export_frames", "trainer", "decoding", "memory", "tune"),
     "evaluate": ("arms", "batch_size", "export_frames", "trainer", "decoding", "memory", "tune"),

@@ -65,12 +65,10 @@ def test_without_counts_frames_follow_the_sampling_rule(backbone, video):
 # --- the order of batches ---------------------------------------------------------------------------------------------
 
 
-def loader(items=10, batch_size=3, seed=0, workers=0, drop_last=True):
+def loader(items=10, batch_size=3, seed=0, workers=0, **ranks):
     data = list(range(items))
-    order = EpochOrder(data, num_replicas=1, rank=0, shuffle=True, seed=seed, drop_last=drop_last)
-    return ResumableLoader(
-        data, batch_size=batch_size, sampler=order, drop_last=drop_last, num_workers=workers, collate_fn=collate
-    )
+    order = EpochOrder(data, batch_size, seed=seed, **ranks)
+    return ResumableLoader(data, batch_size=batch_size, sampler=order, num_workers=workers, collate_fn=collate)
 
 
 def epoch(loader, number):
@@ -79,13 +77,13 @@ def epoch(loader, number):
 
 
 def test_each_epoch_has_an_order_of_its_own_that_follows_from_the_seed():
-    epochs = [epoch(loader(drop_last=False), number) for number in range(3)]
-    assert all(sorted(sum(batches, [])) == list(range(10)) for batches in epochs)
+    epochs = [epoch(loader(9), number) for number in range(3)]
+    assert all(sorted(sum(batches, [])) == list(range(9)) for batches in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    one = loader(drop_last=False)
+    one = loader(9)
     torch.manual_seed(99)  # nor does it depend on what else draws random numbers
     assert [epoch(one, number) for number in range(3)] == epochs
-    assert epoch(loader(seed=1, drop_last=False), 0) != epochs[0]
+    assert epoch(loader(9, seed=1), 0) != epochs[0]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -110,11 +108,34 @@ def test_the_state_at_an_epochs_end_starts_the_next_from_its_beginning():
     assert epoch(second, 1) == epoch(loader(), 1)
 
 
-def test_ranks_share_an_epoch():
-    orders = [EpochOrder(list(range(8)), num_replicas=2, rank=r, shuffle=True, seed=0) for r in (0, 1)]
-    assert sorted([*orders[0], *orders[1]]) == list(range(8))
-    orders[1].skip = 3
-    assert len(list(orders[1])) == 1 and len(list(orders[1])) == 4
+@pytest.mark.parametrize("ranks, accumulated", [(1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize("items", [26, 5])
+def test_a_step_sees_the_same_batches_with_any_number_of_ranks(items, ranks, accumulated):
+    def steps(ranks, accumulated):
+        loaders = [loader(items, 2, ranks=ranks, rank=rank, accumulated=accumulated) for rank in range(ranks)]
+        batches = [epoch(one, 3) for one in loaders]
+        assert {len(one) for one in loaders} == {len(own) for own in batches}
+        turns = [own[i] for i in range(len(batches[0])) for own in batches]
+        return [turns[i : i + 4] for i in range(0, len(turns), 4)]
+
+    alone = steps(1, 4)
+    assert steps(ranks, accumulated) == alone and [len(step) for step in alone] == [4] * (3 if items == 26 else 1)
+    seen = [item for step in alone for batch in step for item in batch]
+    assert sorted(seen) == sorted(set(seen)) if items == 26 else sorted(set(seen)) == list(range(5))
+
+
+@pytest.mark.parametrize("before, after", [((1, 4), (2, 2)), ((4, 1), (1, 4)), ((2, 2), (4, 1))])
+def test_other_ranks_go_on_from_a_loaders_state(before, after):
+    def made(ranks, accumulated, rank=0):
+        return loader(26, 2, ranks=ranks, rank=rank, accumulated=accumulated)
+
+    first = made(*before)
+    first.sampler.set_epoch(3)
+    list(islice(first, before[1]))  # one step
+    for rank in range(after[0]):
+        resumed = made(*after, rank)
+        resumed.load_state_dict(first.state_dict())
+        assert epoch(resumed, 3) == epoch(made(*after, rank), 3)[after[1] :]
 
 
 # --- the data of a run ------------------------------------------------------------------------------------------------

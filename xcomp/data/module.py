@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, cycle, islice
 from typing import Any
 
 import lightning as L
@@ -86,19 +86,38 @@ def start_worker(worker: int) -> None:
 
 
 class EpochOrder(DistributedSampler):
-    """Each epoch's order follows from seed and epoch alone. The first ``skip`` items of the next epoch are left out."""
+    """Each epoch's order follows from seed and epoch alone, and so does what every optimizer step sees.
+
+    A step takes ``batch_size`` × ranks × ``accumulated`` records that stand together in the order, batch by batch to
+    the ranks in turn: as many records a step make the same steps with any number of ranks. What is left at the end of
+    an epoch waits for the next; fewer records than a step are taken over and over, but by a single rank that
+    accumulates none, whose only batch is then smaller. The first ``skip`` items of the next epoch are left out.
+    """
 
     skip = 0
 
+    def __init__(self, dataset: Dataset, batch_size: int, *, ranks: int = 1, rank: int = 0, accumulated: int = 1,
+                 seed: int = 0):  # fmt: skip
+        super().__init__(dataset, num_replicas=ranks, rank=rank, seed=seed, drop_last=True)
+        self.batch_size, self.per_step = batch_size, batch_size * ranks * accumulated
+        whole = len(dataset) // self.per_step * self.per_step
+        self.total_size = whole or (len(dataset) if self.per_step == batch_size else self.per_step)
+        self.num_samples = self.total_size // ranks
+
     def __iter__(self) -> Iterator[int]:
         skip, self.skip = self.skip, 0
-        return islice(super().__iter__(), skip, None)
+        noise = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.dataset), generator=noise).tolist()
+        order = list(islice(cycle(order), self.total_size))
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        return islice(chain.from_iterable(batches[self.rank :: self.num_replicas]), skip, None)
 
 
 class ResumableLoader(DataLoader):
     """Goes on in the middle of an epoch, with the batches that an uninterrupted run would have seen.
 
-    Lightning keeps ``state_dict`` in its checkpoints. Its ``sampler`` is an ``EpochOrder``.
+    Lightning keeps ``state_dict`` in its checkpoints; it counts the batches of all ranks, so that another number of
+    ranks goes on from it. Its ``sampler`` is an ``EpochOrder``.
     """
 
     _start = _yielded = 0  # batches of this epoch
@@ -111,10 +130,10 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"batches": self._yielded % len(self)}
+        return {"batches": self._yielded % len(self) * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._start = state["batches"]
+        self._start = state["batches"] // self.sampler.num_replicas
 
 
 class ConversationData(L.LightningDataModule):
@@ -148,12 +167,24 @@ class ConversationData(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        drop_last = len(self.train_set) >= self.config.tune.batch_size
-        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        order = EpochOrder(
-            self.train_set, num_replicas=ranks, rank=rank, shuffle=True, seed=self.config.seed, drop_last=drop_last
-        )
-        return self._loader(ResumableLoader, self.train_set, sampler=order, drop_last=drop_last)
+        ranks, rank = self._ranks()
+        accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
+        batch_size, seed = self.config.tune.batch_size, self.config.seed
+        order = EpochOrder(self.train_set, batch_size, ranks=ranks, rank=rank, accumulated=accumulated, seed=seed)
+        return self._loader(ResumableLoader, self.train_set, sampler=order)
 
     def val_dataloader(self) -> DataLoader | list:
-        return [] if self.validation_set is None else self._loader(DataLoader, self.validation_set)
+        if self.validation_set is None:
+            return []
+        ranks, rank = self._ranks()  # as many batches on every rank: what the last ones repeat has no weight
+        order = DistributedSampler(self.validation_set, num_replicas=ranks, rank=rank, shuffle=False)
+        return self._loader(DataLoader, self.validation_set, sampler=order)
+
+    def repeated(self, batch_idx: int, size: int) -> int:
+        """How many of a validation batch's ``size`` samples other ranks have too, at its end."""
+        ranks, rank = self._ranks()
+        first = batch_idx * self.config.tune.batch_size
+        return sum((first + i) * ranks + rank >= len(self.validation_set) for i in range(size))
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

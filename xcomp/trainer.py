@@ -1,0 +1,185 @@
+"""The Trainer of a tuning run: strategy, loggers, callbacks and the progress bar, by the names in its configuration."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+
+from xcomp.config import ConfigError, RunConfig
+from xcomp.messages import nearest
+from xcomp.resuming import StepCheckpoints, StepSeed, StopAtStep, WholeCheckpoints
+from xcomp.run import make_trainer
+
+LOGGERS = ("csv", "tensorboard", "wandb", "none")
+DEEPSPEED = (
+    "deepspeed",
+    "deepspeed_stage_1",
+    "deepspeed_stage_1_offload",
+    "deepspeed_stage_2",
+    "deepspeed_stage_2_offload",
+)
+
+
+def tuning_trainer(config: RunConfig, stop: StopAtStep) -> L.Trainer:
+    """The Trainer of a tuning run; ``config.trainer`` overrides its arguments."""
+    given = {name: value for name, value in config.trainer.items() if name != "logger"}
+    given["strategy"] = _strategy(given)
+    loggers = _loggers(config)
+    callbacks: list[Callback] = [stop, StepSeed(config.seed)]
+    if given.get("enable_checkpointing", True):
+        callbacks.append(StepCheckpoints(config.folder, config.tune.save_every, config.tune.steps, stop))
+    if loggers:
+        callbacks.append(LearningRateMonitor())
+    if given.get("enable_progress_bar", True):
+        callbacks.append(StepBar())
+    trainer = make_trainer(
+        given,
+        max_steps=config.tune.steps,
+        accelerator="auto",
+        devices=1,
+        gradient_clip_val=1.0,
+        logger=loggers,
+        callbacks=callbacks,
+        plugins=[WholeCheckpoints()],
+        default_root_dir=config.folder,
+        limit_val_batches=1.0 if config.tune.validation else 0,
+        enable_model_summary=False,
+        log_every_n_steps=10,
+    )
+    return trainer
+
+
+def _strategy(given: dict[str, Any]) -> Any:
+    """What ``trainer.strategy`` names, as Lightning has it."""
+    name = given.get("strategy", "auto")
+    processes = _processes(given)
+    if not isinstance(name, str):
+        raise ConfigError(f"trainer.strategy is {name!r}; it must be a name, like ddp or fsdp2")
+    if name == "fsdp2":
+        # Checkpoints of one file, as those of every other strategy.
+        return ModelParallelStrategy(processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    if name.startswith("fsdp"):
+        raise ConfigError(f"trainer.strategy is '{name}', which cannot clip gradients by their norm; use fsdp2")
+    if name.startswith("deepspeed"):
+        _check_deepspeed(name, given)
+    if name in ("auto", "ddp") and processes > 1:
+        return "ddp_find_unused_parameters_true"  # a batch need not use every part: text needs no projector
+    return name
+
+
+def _processes(given: dict[str, Any]) -> int:
+    """How many processes ``trainer.devices`` and ``trainer.num_nodes`` ask for."""
+    devices = given.get("devices", 1)
+    if devices in ("auto", "-1", -1):
+        devices = 1 if given.get("accelerator") == "cpu" else max(1, torch.cuda.device_count())
+    elif isinstance(devices, str):
+        devices = len(devices.strip(",").split(",")) if "," in devices else int(devices) if devices.isdigit() else 1
+    return (len(devices) if isinstance(devices, list) else devices) * given.get("num_nodes", 1)
+
+
+def _check_deepspeed(name: str, given: dict[str, Any]) -> None:
+    """ConfigError unless DeepSpeed is there and asked for what works with a model whose layers are run in halves."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(f"trainer.strategy '{name}' needs the package deepspeed: pip install deepspeed; or use fsdp2")
+    if name not in DEEPSPEED:
+        raise ConfigError(
+            f"trainer.strategy is '{name}', which holds weights in pieces that it gathers for whole layers alone;"
+            f"{nearest(name, DEEPSPEED)} possible: {', '.join(DEEPSPEED)}, fsdp2"
+        )
+    if given.get("enable_checkpointing", True):
+        raise ConfigError(
+            f"trainer.strategy is '{name}', whose checkpoints are folders, and reading these may run code; set "
+            "trainer.enable_checkpointing=false (such a run cannot be resumed), or use fsdp2"
+        )
+
+
+def _loggers(config: RunConfig) -> list[Logger]:
+    """What ``trainer.logger`` names: one or a list of ``LOGGERS``; true: CSV and TensorBoard; false: none."""
+    given = config.trainer.get("logger", True)
+    names = ["csv", "tensorboard"] if given is True else given or []
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in LOGGERS:
+            hint = nearest(str(name), LOGGERS)
+            raise ConfigError(f"trainer.logger is {name!r};{hint} loggers: {', '.join(LOGGERS)}, or a list of them")
+    # A folder for each start: the CSV logger deletes what it finds.
+    where = {"name": "logs", "version": len(list(config.folder.glob("logs/version_*")))}
+    made: dict[str, Any] = {
+        "csv": lambda: CSVLogger(config.folder, **where, flush_logs_every_n_steps=1),  # kills leave no gap
+        "tensorboard": lambda: TensorBoardLogger(config.folder, **where),
+        "wandb": lambda: _wandb(config),
+    }
+    return [made[name]() for name in dict.fromkeys(names) if name != "none"]
+
+
+def _wandb(config: RunConfig) -> Logger:
+    try:
+        importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(f"trainer.logger 'wandb' needs the package wandb ({error}): pip install wandb") from error
+    return WandbLogger(name=config.name, save_dir=config.folder, project="xcomp")
+
+
+class StepBar(ProgressBar):
+    """Optimizer steps of the whole run. Epochs have no bar: a run is so many steps long, however few its records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled, self._bar, self._training, self._validation = True, None, None, None
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self._enabled:
+            return
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # or metrics would crowd out the numbers
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+        metrics = TextColumn("{task.fields[metrics]}", table_column=rest)
+        self._bar = Progress(*columns, TimeRemainingColumn(), metrics, expand=True)
+        total = trainer.max_steps if trainer.max_steps > 0 else None
+        self._training = self._bar.add_task("step", total=total, completed=trainer.global_step, metrics="")
+        self._bar.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if self._bar is not None:
+            values = self.get_metrics(trainer, module).items()
+            metrics = "  ".join(f"{name} {value:.3f}" for name, value in values if isinstance(value, float))
+            self._bar.update(self._training, completed=trainer.global_step, metrics=metrics)
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._bar is not None:
+            self._validation = self._bar.add_task("validation", total=sum(trainer.num_val_batches), metrics="")
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._validation)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.remove_task(self._validation)
+
+    def on_train_end(self, *_: Any) -> None:
+        self._stop()
+
+    def on_exception(self, *_: Any) -> None:
+        self._stop()
+
+    def print(self, *values: Any, **options: Any) -> None:
+        (self._bar.console.print if self._bar else print)(*values, **options)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
