@@ -154,24 +154,16 @@ class Qwen25VL(Backbone):
 
     @dataclass
     class Config:
-        """``checkpoint`` is a folder or hub id; ``architecture``, a config.json's content, means random weights.
-
-        ``tokenizer`` is a folder (default: the checkpoint's); ``clip_batch`` the pairs of frames in one pass of the
-        vision tower, which bounds its memory. ``height``, ``width`` of a frame in pixels (multiples of patch size ·
-        merging) and ``second_per_grid`` (see above) default to what a model of this framework was saved with, else to
-        252 × 448 (144 tokens a pair) and 1.0.
-        """
-
-        checkpoint: str | None = None
-        architecture: dict[str, Any] | None = None
-        tokenizer: str | None = None
-        height: int | None = None
-        width: int | None = None
-        second_per_grid: float | None = None
-        dtype: str = "float32"
-        device: str = "cpu"
-        attn_implementation: str = "auto"
-        clip_batch: int = 8
+        checkpoint: str | None = None  # a folder, hub id, or a shipped one by name
+        architecture: dict[str, Any] | None = None  # a config.json's content, with random weights; no checkpoint then
+        tokenizer: str | None = None  # a folder; null: the checkpoint's
+        height: int | None = None  # of a frame, a multiple of patch · merging; null: as saved by a run here, else 252
+        width: int | None = None  # likewise; else 448 (with 252 pixels 144 tokens a pair)
+        second_per_grid: float | None = None  # seconds from one pair to the next; null: likewise, else 1.0
+        dtype: str = "float32"  # float32, bfloat16 or float16
+        device: str = "cpu"  # cpu, cuda, cuda:1, …
+        attn_implementation: str = "auto"  # auto (flash-attention where it can run), sdpa, eager or flash_attention_2
+        clip_batch: int = 8  # pairs of frames in one pass of the vision tower, which bounds its memory
 
     def __init__(self, config: Config):
         super().__init__()

@@ -163,19 +163,13 @@ class SmolVLM(Backbone):
 
     @dataclass
     class Config:
-        """``checkpoint`` is a folder or hub id; ``architecture``, a config.json's content, means random weights.
-
-        ``tokenizer`` is a folder (default: the checkpoint's); ``frame_batch`` the frames in one pass of the vision
-        tower, which bounds its memory.
-        """
-
-        checkpoint: str | None = None
-        architecture: dict[str, Any] | None = None
-        tokenizer: str | None = None
-        dtype: str = "float32"
-        device: str = "cpu"
-        attn_implementation: str = "auto"
-        frame_batch: int = 16
+        checkpoint: str | None = None  # a folder, hub id, or a shipped one by name
+        architecture: dict[str, Any] | None = None  # a config.json's content, with random weights; no checkpoint then
+        tokenizer: str | None = None  # a folder; null: the checkpoint's
+        dtype: str = "float32"  # float32, bfloat16 or float16
+        device: str = "cpu"  # cpu, cuda, cuda:1, …
+        attn_implementation: str = "auto"  # auto (flash-attention where it can run), sdpa, eager or flash_attention_2
+        frame_batch: int = 16  # frames in one pass of the vision tower, which bounds its memory
 
     def __init__(self, config: Config):
         super().__init__()

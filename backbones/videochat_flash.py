@@ -412,21 +412,14 @@ class VideoChatFlash(Backbone):
 
     @dataclass
     class Config:
-        """``checkpoint`` is a folder or hub id; ``architecture``, a config.json's content, means random weights.
-
-        ``tokenizer`` is a folder (default: the checkpoint's); ``clip_frames`` the frames encoded together (default:
-        the checkpoint's); ``clip_batch`` the clips in one pass of the vision tower, which bounds its memory
-        (default: 2 on a CPU, where more were slower, else 8).
-        """
-
-        checkpoint: str | None = None
-        architecture: dict[str, Any] | None = None
-        tokenizer: str | None = None
-        clip_frames: int | None = None
-        dtype: str = "float32"
-        device: str = "cpu"
-        attn_implementation: str = "auto"
-        clip_batch: int | None = None
+        checkpoint: str | None = None  # a folder, hub id, or a shipped one by name
+        architecture: dict[str, Any] | None = None  # a config.json's content, with random weights; no checkpoint then
+        tokenizer: str | None = None  # a folder; null: the checkpoint's
+        clip_frames: int | None = None  # frames encoded together; null: the checkpoint's
+        dtype: str = "float32"  # float32, bfloat16 or float16
+        device: str = "cpu"  # cpu, cuda, cuda:1, …
+        attn_implementation: str = "auto"  # auto (flash-attention where it can run), sdpa, eager or flash_attention_2
+        clip_batch: int | None = None  # clips in one pass of the tower, which bounds its memory; null: CPU 2, else 8
 
     def __init__(self, config: Config):
         super().__init__()

@@ -42,8 +42,8 @@ class DART(Compressor):
         layer: float = 2  # K: number (1-based), below 1: depth; tokens leave after it
         ratio: float = 0.778  # R: share of the visual tokens that leaves
         num_tokens: int | None = None  # tokens that stay, in place of n(1−R)
-        visual_pivots: int = 4
-        text_pivots: int = 4
+        visual_pivots: int = 4  # pivots among the visual tokens
+        text_pivots: int = 4  # … and among the text tokens behind them
 
         def __post_init__(self) -> None:
             check_stages([self.layer])

@@ -24,7 +24,7 @@ class RandomDrop(Compressor):
     class Config:
         ratio: float = 0.25  # share of the tokens kept
         scope: str = "video"  # video: any tokens of all; frame: the same share of every frame
-        seed: int = 0
+        seed: int = 0  # of the draws
 
         def __post_init__(self) -> None:
             check_share("ratio", self.ratio)

@@ -32,7 +32,7 @@ class AKS(Picker):
     class Config:
         scorer: Any = field(
             default_factory=lambda: {"name": "clip_similarity", "checkpoint": "Salesforce/blip-itm-large-coco"}
-        )
+        )  # the selector whose scores it picks from, with its options
         threshold: float = 0.8  # t1: a part stays whole if its best frames' mean is further above its mean (of 0..1)
         min_std: float = -100.0  # t2: … and its scores scatter more than this
         depth: int = 5  # halvings at most

@@ -27,8 +27,8 @@ class BOLT(Picker):
     class Config:
         scorer: Any = field(
             default_factory=lambda: {"name": "clip_similarity", "checkpoint": "openai/clip-vit-large-patch14"}
-        )
-        power: float = 3.0
+        )  # the selector whose scores it picks from, with its options
+        power: float = 3.0  # scores are raised to it; -1: taken as they are
         unique: bool = False  # the nearest unused frame in place of one that was taken
 
         def __post_init__(self) -> None:

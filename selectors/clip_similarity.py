@@ -52,7 +52,7 @@ class CLIPSimilarity(FrameSelector):
 
     @dataclass
     class Config:
-        checkpoint: str = "openai/clip-vit-large-patch14"
+        checkpoint: str = "openai/clip-vit-large-patch14"  # a folder, hub id, or a shipped one by name
         batch_size: int = 64  # frames embedded at once
         similarity: str | None = None  # cosine, dot, logits or match; None: match for BLIP, else cosine
         long_text: str = "cut"  # what becomes of a question that is too long: cut, or the mean over its pieces

@@ -41,14 +41,14 @@ class FOCUS(Picker):
     class Config:
         scorer: Any = field(
             default_factory=lambda: {"name": "clip_similarity", "checkpoint": "Salesforce/blip-itm-large-coco"}
-        )
+        )  # the selector whose scores it picks from, with its options
         coarse_seconds: float = 16.0  # an arm's length
         fine_seconds: float = 1.0  # between the frames of the second look
         zoom_ratio: float = 0.25  # share of the arms that are looked into, and drawn from
         extra_samples: int = 2  # of an arm at the first look, beside its centre
         fine_uniform: float = 0.5  # share of the second look that is spread evenly; the rest is random
         top_ratio: float = 0.2  # share of the budget for the best frames scored
-        temperature: float = 0.06
+        temperature: float = 0.06  # of the softmax that an arm's frames are drawn by
         min_gap: float | None = None  # seconds between frames of different arms; None: by the budget, at most 1
         interpolation: str = "nearest"  # or linear: how a frame's score is guessed from those scored
         update_arms: bool = False  # the second look counts for the arms too (the paper)

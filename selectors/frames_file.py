@@ -43,7 +43,7 @@ class FramesFile(FrameSelector):
 
     @dataclass(kw_only=True)
     class Config:
-        file: str
+        file: str  # JSON Lines, an object a question
         arm: str | None = None  # of a file with lines of several arms, these
         use: str | None = None  # frames, seconds or scores; None: the first of these that a line has
         nearest: bool = False  # a frame number that is no candidate stands for the nearest one

@@ -38,7 +38,7 @@ class MDP3(Picker):
                 "checkpoint": "google/siglip-so400m-patch14-384",
                 "long_text": "mean",
             }
-        )
+        )  # the selector whose scores it picks from, with its options
         trade_off: float = 0.2  # λ: higher weighs variety against nearness
         segment: int = 32  # frames in a segment; -1: the whole video
         condition: int = 1  # last frames of the segment before that count as chosen; 0 or 1

@@ -36,7 +36,7 @@ class QFrame(Picker):
                 "checkpoint": "openai/clip-vit-large-patch14",
                 "similarity": "dot",
             }
-        )
+        )  # the selector whose scores it picks from, with its options
         tau: float = 0.8  # temperature: higher draws are less decided
         high: int = 4  # frames at half the width and height, …
         mid: int = 8  # … a quarter, …

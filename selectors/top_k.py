@@ -20,8 +20,8 @@ class TopK(Picker):
 
     @dataclass
     class Config:
-        scorer: Any = "clip_similarity"
-        min_seconds: float = 0.0
+        scorer: Any = "clip_similarity"  # the selector whose scores it picks from, with its options
+        min_seconds: float = 0.0  # least time between two frames
 
         def __post_init__(self) -> None:
             if self.min_seconds < 0:

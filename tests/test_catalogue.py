@@ -1,14 +1,12 @@
 """The table of compressors: what it says is what they do, and the documentation holds it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import xcomp.tiny
-from xcomp.catalogue import COLUMNS, LAYERS, TOKENS, compressor_rows, markdown
+from xcomp.catalogue import COLUMNS, LAYERS, TOKENS, compressor_rows, markdown, plain
 from xcomp.cli import main
 from xcomp.compressor import About
 from xcomp.decoder import QuestionNeeded
@@ -78,6 +76,10 @@ def test_other_kinds_are_listed_alone(kind, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(ROWS)
 
 
-def test_a_kind_that_is_none_is_taken_for_a_folder():
-    done = subprocess.run([sys.executable, "-m", "xcomp.cli", "plugins", "compresors"], capture_output=True, text=True)
-    assert done.returncode == 2 and "plugin folder 'compresors' does not exist" in done.stderr
+def test_a_narrow_terminal_gets_narrow_lines():
+    rows = compressor_rows()
+    lines = plain(rows, 60).splitlines()
+    assert max(map(len, lines)) <= 60 and [line for line in lines if line[0] != " "] == sorted(ROWS)
+    words = " ".join(plain(rows, 60).split())
+    assert all(row[column] in words for row in rows for column in ("acts", "source", "deviations"))
+    assert plain(rows, 200).splitlines()[0] == plain(rows).splitlines()[0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -115,9 +116,10 @@ def test_plugins_lists_all_of_them_without_loading_torch(tmp_path):
     script = "import sys; from xcomp.cli import main; s = main(sys.argv[1:]); sys.exit(s or 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script, "plugins", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
-    listed = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    listed = [re.split(" {2,}", line) for line in done.stdout.splitlines()]
     known = [[kind, p.name, p.origin] for kind in KINDS for p in plugins(kind, [tmp_path]).values()]
-    assert sorted(listed) == sorted(known) and ["compressor", "mine", str(tmp_path)] in listed
+    assert sorted(row[:3] for row in listed) == sorted(known) and ["compressor", "mine", str(tmp_path)] in listed
+    assert all(len(row) == 4 and row[3][-1] == "." for row in listed if row[1] != "mine")  # what it does, in a sentence
 
 
 def test_ask_answers_on_stdout_and_nothing_else(place, video):

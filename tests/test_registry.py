@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -296,8 +297,9 @@ def broken(folder, tmp_path, monkeypatch):
 
 def listed(out):
     """{name: (kind, origin, problem or None)}"""
-    rows = [line.split(maxsplit=2) for line in out.splitlines()]
-    return {name: (kind, *(rest.split("  broken: ") + [None])[:2]) for kind, name, rest in rows}
+    rows = [[*re.split(" {2,}", line, maxsplit=3), ""][:4] for line in out.splitlines()]
+    problems = [said.removeprefix("broken: ") if said.startswith("broken: ") else None for *_, said in rows]
+    return {name: (kind, origin, wrong) for (kind, name, origin, _), wrong in zip(rows, problems)}
 
 
 def test_the_listing_names_what_is_broken_as_far_as_it_shows_without_importing(broken, capsys):

@@ -18,8 +18,8 @@ class Budget:
     mean over layers), each as a share of the tokens that the vision path gives.
     """
 
-    keep: float
-    of: str = "layers"
+    keep: float  # share of the tokens that the vision path gives, above 0 and at most 1
+    of: str = "layers"  # input (first layer), final (last layer) or layers (mean over them)
 
     def __post_init__(self) -> None:
         if isinstance(self.keep, bool) or not 0 < self.keep <= 1:

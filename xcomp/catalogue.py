@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from xcomp.compressor import About, Compressor
+from xcomp.describe import wrapped
 from xcomp.registry import Plugin, PluginError, load, plugins
 
 COLUMNS = ("name", "acts", "needs", "question", "tuned", "held", "source", "deviations")
@@ -60,13 +61,22 @@ def markdown(rows: Iterable[dict[str, str]]) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
 
 
-def plain(rows: Iterable[dict[str, str]]) -> str:
-    """The table for a terminal: columns, and source and deviations of each below its line."""
+def plain(rows: Iterable[dict[str, str]], width: int | None = None) -> str:
+    """The table for a terminal: columns, and source and deviations of each below its line.
+
+    Where the columns do not fit into ``width`` characters, all but the first stand below it too.
+    """
     rows = [{column: column for column in COLUMNS}, *rows]
     first = COLUMNS[:-2]
     widths = {column: max(len(row[column]) for row in rows) for column in first}
+    fits = width is None or sum(widths.values()) + 2 * (len(first) - 1) <= width
     lines = []
     for number, row in enumerate(rows):
-        lines.append("  ".join(row[column].ljust(widths[column]) for column in first).rstrip())
-        lines += [f"    {row[column]}" for column in COLUMNS[-2:] if row[column] and number]
+        if fits:
+            lines.append("  ".join(row[column].ljust(widths[column]) for column in first).rstrip())
+        elif number:
+            told = "; ".join(f"{column}: {row[column]}" for column in first[1:] if row[column])
+            lines += [row["name"], *wrapped(told, width, "    ")]
+        for text in (row[column] for column in COLUMNS[-2:] if row[column] and number):
+            lines += [f"    {text}"] if width is None else wrapped(text, width, "    ")
     return "\n".join(lines)

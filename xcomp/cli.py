@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import shutil
 import signal
 import sys
 import warnings
@@ -14,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import xcomp
-from xcomp.registry import KINDS, plugins, problem, unreadable
+from xcomp.messages import nearest
+from xcomp.registry import KINDS, Plugin, PluginError, plugins, problem, unreadable
 from xcomp.stopping import Stopped, raise_stopped, signals
 
 if TYPE_CHECKING:
@@ -103,9 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     text = "write why these frames: scores over time and thumbnails, as one HTML file"
     ask.add_argument("--explain", metavar="FILE", help=text)
     ask.set_defaults(run=_ask)
-    listing = commands.add_parser("plugins", help="list backbones, compressors, selectors and benchmarks")
-    text = "folders of your own plugin files; first, if you like, one kind (a folder of that name: ./compressors)"
-    listing.add_argument("folders", nargs="*", metavar="[KIND] FOLDER", help=text)
+    listing = commands.add_parser("plugins", help="list backbones, compressors, selectors and benchmarks; tell of one")
+    text = (
+        "a kind, to list it alone; a plugin's name, to be told what it does and all its options; folders of your own "
+        "plugin files (one that is called like a kind or a plugin: ./compressors)"
+    )
+    listing.add_argument("words", nargs="*", metavar="[KIND] [NAME] [FOLDER]", help=text)
     listing.add_argument("--check", action="store_true", help="import them all; exit status 1 if any is broken")
     listing.set_defaults(run=_plugins)
     new = commands.add_parser("new", help="write a plugin of your own that works, and its test, to change as you like")
@@ -244,26 +250,44 @@ def _answer(model: VideoQA, video: VideoInFlight, question: str, options: Sequen
 
 
 def _plugins(options: argparse.Namespace) -> int:
-    kinds, folders = _kinds(options.folders)
-    if kinds == ["compressor"] and not options.check:
+    from xcomp.describe import describe, first_sentence, lines_of, table
+
+    kinds, names, folders = _words(options.words)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    if kinds == ["compressor"] and not names and not options.check:
         from xcomp.catalogue import compressor_rows, plain
 
-        print(plain(compressor_rows(folders)))
+        print(plain(compressor_rows(folders), width))
         return 0
-    found = [plugin for kind in kinds for plugin in plugins(kind, folders).values()]
-    rows = [(p.kind, p.name, p.origin, problem(p, check=options.check)) for p in found]
-    rows += [("?", file.stem, str(file.parent), error) for file, error in unreadable(folders).items()]
-    for kind, name, origin, error in rows:
-        print(f"{kind:<11} {name:<20} {origin}" + (f"  broken: {error}" if error else ""))
-    return int(options.check and any(error for *_, error in rows))
+    found = [p for kind in kinds for p in plugins(kind, folders).values() if not names or p.name in names]
+    problems = [problem(plugin, check=options.check) for plugin in found]
+    if names and not options.check:
+        told = [[*lines_of(describe(p), width), *([f"broken   {e}"] if e else [])] for p, e in zip(found, problems)]
+        print("\n\n".join("\n".join(lines) for lines in told))
+        return 0
+    said = [f"broken: {e}" if e else first_sentence(describe(p).text) for p, e in zip(found, problems)]
+    torn = {} if names else unreadable(folders)
+    rows = list(zip(found, said))
+    rows += [(Plugin("?", file.stem, str(file.parent)), f"broken: {error}") for file, error in torn.items()]
+    print("\n".join(table(rows, width)))
+    return int(options.check and any([*problems, *torn]))
 
 
-def _kinds(arguments: Sequence[str]) -> tuple[list[str], Sequence[str]]:
-    """The kinds that are asked for, ``compressor`` or ``compressors``, and the folders."""
+def _words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """The kinds, plugins' names and folders that are asked for; a kind, ``compressor`` or ``compressors``, is first."""
     named = {word: kind for kind, (folder, *_) in KINDS.items() for word in (kind, folder)}
-    if arguments and arguments[0] in named:
-        return [named[arguments[0]]], arguments[1:]
-    return list(KINDS), arguments
+    kinds = [named[words[0]]] if words and words[0] in named else list(KINDS)
+    words = words[1:] if words and words[0] in named else words
+    shipped = {name for kind in kinds for name in plugins(kind)}
+    folders = [word for word in words if os.path.isdir(word) and word not in shipped]
+    known = {name for kind in kinds for name in plugins(kind, folders)}
+    names = [word for word in words if word not in folders]
+    for name in names:
+        if name not in known:
+            what = f"{kinds[0]} or folder" if len(kinds) == 1 else "plugin, kind or folder"
+            hint = nearest(name, [*known, *named])
+            raise PluginError(f"no {what} is called '{name}';{hint} 'xcomp plugins' lists what there is")
+    return kinds, names, folders
 
 
 def _new(options: argparse.Namespace) -> None:

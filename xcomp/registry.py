@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha1
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,13 @@ class Plugin:
     @property
     def who(self) -> str:
         return f"{self.kind} '{self.name}' ({self.origin})"
+
+    @property
+    def module(self) -> str:
+        """By which it is imported; of a file in a folder of the user's, which is in no package, its name."""
+        if self.entry_point:
+            return self.entry_point.module
+        return f"xcomp.{KINDS[self.kind][0]}.{self.name}" if self.origin == "built-in" else self.name
 
 
 def plugins(kind: str, folders: Iterable[str | Path] = ()) -> dict[str, Plugin]:
@@ -123,10 +130,10 @@ def _kind_of(file: Path) -> str | None:
     }
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     bases = [imported.get(name, name) for node in classes for name in map(ast.unparse, node.bases)]
-    return next((kind for kind in KINDS if any(_is_of_kind(base, kind) for base in bases)), None)
+    return next((kind for kind in KINDS if any(is_of_kind(base, kind) for base in bases)), None)
 
 
-def _is_of_kind(base: str, kind: str) -> bool:
+def is_of_kind(base: str, kind: str) -> bool:
     """Whether a base class, as a dotted name, is the kind's contract, or from its module or a built-in plugin."""
     folder, module, contract = KINDS[kind]
     return base.split(".")[-1] == contract or base.startswith((f"{module}.", f"xcomp.{folder}."))
@@ -143,18 +150,25 @@ def problem(plugin: Plugin, *, check: bool = False) -> str | None:
     if plugin.path:
         return _syntax_error(plugin.path)
     module = plugin.entry_point.module
-    return None if _is_there(module) else f"ModuleNotFoundError: No module named '{module}'"
+    return None if _spec(module) else f"ModuleNotFoundError: No module named '{module}'"
 
 
-def _is_there(module: str) -> bool:
-    """Whether a module can be found. ``importlib.util.find_spec`` would import the packages that it is in."""
+def _spec(module: str) -> ModuleSpec | None:
+    """Where a module is. ``importlib.util.find_spec`` would import the packages that it is in."""
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top)
     for depth, _ in enumerate(rest, start=2):
         if spec is None or spec.submodule_search_locations is None:
-            return False
-        spec = PathFinder.find_spec(".".join(module.split(".")[:depth]), spec.submodule_search_locations)
-    return spec is not None
+            return None
+        places = xcomp.__path__ if spec.name == "xcomp" else spec.submodule_search_locations  # also a checkout's own
+        spec = PathFinder.find_spec(".".join(module.split(".")[:depth]), places)
+    return spec
+
+
+def module_file(module: str) -> Path | None:
+    """The Python file of a module, found without importing it; None if there is none."""
+    spec = _spec(module)
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin.endswith(".py") else None
 
 
 def find(kind: str, name: str, folders: Iterable[str | Path] = ()) -> Plugin:
@@ -234,7 +248,7 @@ def _import(plugin: Plugin) -> Any:
     if plugin.entry_point:
         return plugin.entry_point.load()
     if plugin.origin == "built-in":
-        return importlib.import_module(f"xcomp.{KINDS[plugin.kind][0]}.{plugin.name}")
+        return importlib.import_module(plugin.module)
     module_name = f"xcomp_user_{sha1(str(plugin.path).encode()).hexdigest()[:8]}_{plugin.name}"
     if module_name in sys.modules:
         return sys.modules[module_name]

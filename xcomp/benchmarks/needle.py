@@ -403,7 +403,7 @@ class Needle(Benchmark):
         """Options. The video files depend on all but ``num_videos`` and those on questions."""
 
         split: str = "test"  # train, validation or test: never the same video twice
-        num_videos: int = 100
+        num_videos: int = 100  # videos that are drawn
         seconds: float = 64.0  # length of every video ...
         lengths: list[float] = field(default_factory=list)  # ... or, if given, lengths to draw from for each video
         event_seconds: float = 2.0  # how long an event lasts; as long as the video or longer: events at the same time
@@ -412,8 +412,8 @@ class Needle(Benchmark):
         hops: int = 0  # events of the chain that one question follows, each naming the next by a dot; 0: no chains
         distractors: int = 3  # most distractor shapes in a scene, which has at least one; 0: none at all
         size: int = NATIVE_SIZE  # pixels, even
-        fps: int = 8
-        seed: int = 0
+        fps: int = 8  # frames a second
+        seed: int = 0  # of everything that is drawn; other splits draw other videos
         questions_per_video: int | None = None  # None: one of each category
         categories: list[str] = field(
             default_factory=list

@@ -30,13 +30,13 @@ class Skeleton(Backbone):
 
     @dataclass
     class Config:
-        """The options that YAML can set, their types and defaults."""
+        """The options that YAML can set, their types and defaults, and what `xcomp plugins skeleton` says of them."""
 
         checkpoint: str | None = None  # folder that ``save_pretrained`` wrote; None: random weights of the sizes below
-        width: int = 64
-        layers: int = 4
-        dtype: str = "float32"
-        device: str = "cpu"
+        width: int = 64  # of the language model
+        layers: int = 4  # of the language model
+        dtype: str = "float32"  # float32, bfloat16 or float16
+        device: str = "cpu"  # cpu, cuda, cuda:1, …
 
     def __init__(self, config: Config):
         super().__init__()

@@ -24,7 +24,7 @@ class Skeleton(Benchmark):
 
     @dataclass
     class Config:
-        """The options that YAML can set, their types and defaults. ``self.config`` holds one."""
+        """The options that YAML can set, their types and defaults, and what `xcomp plugins skeleton` says of them."""
 
         file: str  # without a default: it must be given
 

@@ -21,9 +21,9 @@ class Skeleton(Compressor):
 
     @dataclass
     class Config:
-        """The options that YAML can set, their types and defaults. ``self.config`` holds one."""
+        """The options that YAML can set, their types and defaults, and what `xcomp plugins skeleton` says of them."""
 
-        step: int = 2
+        step: int = 2  # one token of so many stays
 
         def __post_init__(self) -> None:
             if self.step < 1:

@@ -20,9 +20,9 @@ class Skeleton(FrameSelector):
 
     @dataclass
     class Config:
-        """The options that YAML can set, their types and defaults. ``self.config`` holds one."""
+        """The options that YAML can set, their types and defaults, and what `xcomp plugins skeleton` says of them."""
 
-        back: int = 1
+        back: int = 1  # frames to the one it is held against
 
         def __post_init__(self) -> None:
             if self.back < 1:
