@@ -78,7 +78,7 @@ class Pool:
         self.options, self.workers, self.broken = Decoding(chunk=4), workers, set(broken)
         self.decoded, self.on_their_way, self.most = [], 0, 0
 
-    def inspect(self, path):
+    def inspect(self, path, span=None):
         numbers = tuple(range(COUNT))
         info = VideoInfo(path, COUNT, 2.0, COUNT / 2, "test", "test 1", numbers, tuple(n / 2 for n in numbers))
         opened = Future()

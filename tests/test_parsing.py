@@ -99,8 +99,8 @@ def read(text, options):
         (r"\boxed{red}", "A"), (r"$\mathbf{B}$", "B"), (r"\textbf{(C)}", "C"),
         # other languages
         ("答案是B", "B"), ("答案：C", "C"), ("我选D", "D"), ("选项B", "B"), ("正确答案是B。", "B"),
-        ("答えはBです", "B"),        ("正解はCです。", "C"), ("정답은 D입니다", "D"), ("La respuesta es B", "B"),
-        ("La respuesta correcta es la C.", "C"),        ("La réponse est B", "B"), 
+        ("答えはBです", "B"), ("正解はCです。", "C"), ("정답은 D입니다", "D"), ("La respuesta es B", "B"),
+        ("La respuesta correcta es la C.", "C"), ("La réponse est B", "B"),
         ("Die richtige Antwort ist D", "D"), ("A resposta é B", "B"), ("Ответ: C", "C"),
         ("La risposta è E", "E"), ("选B因为它是绿色的", "B"), ("不是B", None), ("उत्तर: B", "B"),
     ],

@@ -37,7 +37,8 @@ Refused = VideoError | QuestionError  # what is one question's outcome and not t
 class Query:
     """A video file, the bare question, and the text put to the model (question, options, request).
 
-    ``id`` is the benchmark's name of the question, ``events`` the (start, end) seconds of the evidence where known.
+    ``id`` is the benchmark's name of the question, ``events`` the (start, end) seconds of the evidence where known,
+    ``span`` the seconds of the video that it is about (None: all).
     """
 
     video: str
@@ -45,6 +46,7 @@ class Query:
     text: str
     id: str = ""
     events: tuple[tuple[float, float], ...] = ()
+    span: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Answerer:
         """The frames for each question. Scores that another arm asked for with an equal scorer are taken from it."""
         if not self._chooses(video.info):
             return [Choice(self._by_number(video.info))] * len(queries)
-        shown = ShownVideo(video.info.duration, len(video.candidates), video.info.times)
+        shown = _shown(video.info, video.info.times)
         asked = {q: self._frame_query(q, shown) for q in dict.fromkeys(queries)}
         few = isinstance(self.selector, Picker) and self.selector.asks_for_few
         if not few:
@@ -200,8 +202,8 @@ class Answerer:
             scores, scored = video.scores[self._key(query)]
             work.needs.add(scored)
         frames = Candidates(
-            video.info.times,
-            video.info.duration,
+            frame_query.shown.times,
+            frame_query.shown.duration,
             frame_query,
             score=(lambda i: self.selector.score_some(video, frame_query, i)) if few else (lambda i: scores[list(i)]),
             embed=lambda: self.selector.embed(video, frame_query),
@@ -258,7 +260,7 @@ class Answerer:
         frames = choices[0].frames
         try:
             times = video.times(frames)
-            shown = ShownVideo(video.info.duration, len(frames), tuple(times))
+            shown = _shown(video.info, times)
             prompts = [self._prompt(query, shown) for query in queries]
             together = Work("answer")
             with video.ledger.charge(together):
@@ -357,3 +359,8 @@ class Answerer:
             if self.generation.do_sample:
                 torch.manual_seed(self.generation.seed)
             return self.decoder.generate(state, streamer=streamer, **self.generation.options())
+
+
+def _shown(info: VideoInfo, times: Sequence[float]) -> ShownVideo:
+    """What a prompt may say of frames at these seconds of the file: of a span, its length and times from its start."""
+    return ShownVideo(info.shown_seconds, len(times), info.shown_times(times))

@@ -164,6 +164,7 @@ class RunConfig:
     frames: Any = None  # frames shown to the model; default all candidates
     batch_size: int = 1  # questions answered together
     limit: int | None = None  # first questions of the benchmark only
+    allow_missing: bool = False  # go on where videos are missing, without their questions
     export_frames: str | None = None  # file to which the frames that arms chose are written, for `frames_file`
     sampling: Sampling = field(default_factory=Sampling)
     decoding: Decoding = field(default_factory=Decoding)

@@ -22,16 +22,22 @@ import torch
 from xcomp.config import Decoding, Sampling
 from xcomp.messages import printable
 from xcomp.pixels import PixelFormat
+from xcomp.sampling import span_frames
 from xcomp.stopping import end_with_parent
 from xcomp.video import Video, VideoError
 from xcomp.workers import FROM_OUTSIDE, Task, WorkerEnded, WorkerNotStarted, Workers, WorkerTooSlow
 
 GIGABYTE = 1024**3
+Span = tuple[float, float] | None  # seconds
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """A video as opened: ``candidates`` are the frames that the sampling rule takes, ``times`` their seconds."""
+    """A video as opened: ``candidates`` are the frames that the sampling rule takes, ``times`` their seconds.
+
+    All of it speaks of the file. Where only a span of it is asked about, candidates are taken from that, it begins at
+    ``span_start`` and lasts ``span_seconds``.
+    """
 
     path: str
     num_frames: int
@@ -41,6 +47,17 @@ class VideoInfo:
     reader_version: str
     candidates: tuple[int, ...]
     times: tuple[float, ...]
+    span_start: float = 0.0
+    span_seconds: float | None = None
+
+    @property
+    def shown_seconds(self) -> float:
+        """How long what is asked about lasts: the span, or all."""
+        return self.duration if self.span_seconds is None else self.span_seconds
+
+    def shown_times(self, times: Sequence[float]) -> tuple[float, ...]:
+        """Seconds of the file as seconds of what is asked about."""
+        return tuple(round(time - self.span_start, 3) for time in times)
 
 
 @dataclass(frozen=True)
@@ -57,14 +74,21 @@ class Pixels:
 _opened: OrderedDict[str, Video] = OrderedDict()
 
 
-def inspect(path: str, threads: int, sampling: Sampling) -> tuple[VideoInfo, float]:
+def inspect(path: str, threads: int, sampling: Sampling, span: Span = None) -> tuple[VideoInfo, float]:
     """A video's properties and candidate frames, and the seconds that it took to open it."""
     started = time.perf_counter()
     video = _video(path, sampling.reader, threads)
-    candidates = sampling.candidates(video.num_frames, video.fps)
-    times = tuple(round(time, 3) for time in video.times(candidates))
+    first, count, seconds = 0, video.num_frames, None
+    if span is not None:
+        try:
+            first, count, seconds = span_frames(count, video.fps, *span)
+        except VideoError as error:
+            raise VideoError(f"{printable(path)}: {error}") from error
+    candidates = [first + frame for frame in sampling.candidates(count, video.fps)]
+    start, *times = (round(time, 3) for time in video.times([first, *candidates]))
     names = ("path", "num_frames", "fps", "duration", "reader", "reader_version")
-    info = VideoInfo(*(getattr(video, name) for name in names), tuple(candidates), times)
+    told = [getattr(video, name) for name in names]
+    info = VideoInfo(*told, tuple(candidates), tuple(times), start if seconds else 0.0, seconds)
     return info, time.perf_counter() - started
 
 
@@ -166,9 +190,10 @@ class DecodingPool:
             limits = self.threads, self.options.memory
             self._workers = Workers(self.workers, _start_worker, limits, preload=["xcomp.decoding"])
 
-    def inspect(self, path: str) -> Pending:
-        """Open a video: its result is (:class:`VideoInfo`, seconds)."""
-        return self._hand_out(inspect, path, self.threads, self.sampling)
+    def inspect(self, path: str, span: Span = None) -> Pending:
+        """Open a video of which ``span`` (seconds; None: all) is asked about: its result is (:class:`VideoInfo`,
+        seconds)."""
+        return self._hand_out(inspect, path, self.threads, self.sampling, span)
 
     def decode(self, path: str, frames: Sequence[int], formats: Sequence[PixelFormat]) -> Pending:
         """Decode frames, ascending and each once: its result is :class:`Pixels`."""

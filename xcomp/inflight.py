@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xcomp.backbone import Backbone
 from xcomp.config import Memory
-from xcomp.decoding import GIGABYTE, DecodingPool, Pending, Pixels, VideoInfo
+from xcomp.decoding import GIGABYTE, DecodingPool, Pending, Pixels, Span, VideoInfo
 from xcomp.ledger import Ledger, Work
 from xcomp.pixels import PixelFormat
 from xcomp.video import VideoError
@@ -38,7 +38,7 @@ class PixelBudget:
 
 
 class VideoInFlight:
-    """A video file, opened and decoded by a pool, as one backbone sees it.
+    """A video file, or a ``span`` of it in seconds, opened and decoded by a pool, as one backbone sees it.
 
     ``ledger`` is told what everything took. ``keep_states`` keeps key-value caches too (:meth:`state`), for a video
     that is asked one question after the other. ``needs`` is what some compressor wants to know of the vision tower.
@@ -54,6 +54,7 @@ class VideoInFlight:
         pool: DecodingPool,
         memory: Memory | None = None,
         *,
+        span: Span = None,
         budget: PixelBudget | None = None,
         keep_states: bool = False,
         needs: Sequence[str] = (),
@@ -69,7 +70,7 @@ class VideoInFlight:
         self._states = _Kept(int(self.memory.states * GIGABYTE) if keep_states else 0, at_least=1)
         self._keep_states = keep_states
         self._needs = tuple(needs)
-        self._opening: Pending = pool.inspect(self.path)
+        self._opening: Pending = pool.inspect(self.path, span)
         self._info: VideoInfo | None = None
         self._opened: Work | None = None
         self._expected: Callable[[VideoInfo], tuple[Iterable[int], Sequence[PixelFormat]]] | None = None

@@ -137,18 +137,20 @@ class VideoQA(L.LightningModule):
     # --- answering --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def open(self, video: str | Path) -> Iterator[VideoInFlight]:
-        """A video to ask any number of questions: frames, tokens and the language model's pass over it are kept.
+    def open(self, video: str | Path, span: tuple[float, float] | None = None) -> Iterator[VideoInFlight]:
+        """A video, or a ``span`` of it in seconds, to ask any number of questions: frames, tokens and the language
+        model's pass over it are kept.
 
             with qa.open("video.mp4") as video:
                 qa.ask(video, "What does the man pick up?")
 
         Raises:
-            VideoError: if the file cannot be opened.
+            VideoError: if the file cannot be opened, or does not have the span.
         """
         with DecodingPool(self.decoding, self.sampling) as pool:
             needs = self.compressor.needs
-            with VideoInFlight(str(video), self.backbone, pool, self.memory, keep_states=True, needs=needs) as opened:
+            options = {"span": span, "keep_states": True, "needs": needs}
+            with VideoInFlight(str(video), self.backbone, pool, self.memory, **options) as opened:
                 opened.expect(self.answerer.expected)
                 _ = opened.info  # what cannot be opened is said now
                 yield opened
@@ -184,12 +186,12 @@ class VideoQA(L.LightningModule):
     def answer(self, queries: Sequence[Query]) -> list[Answer | Refused]:
         """Answers in the order of the queries; the questions about one video share what they can."""
         outcomes: dict[int, Answer | Refused] = {}
-        videos: dict[str, list[int]] = {}
+        videos: dict[Any, list[int]] = {}
         for number, query in enumerate(queries):
-            videos.setdefault(query.video, []).append(number)
-        for path, members in videos.items():
+            videos.setdefault((query.video, query.span), []).append(number)
+        for (path, span), members in videos.items():
             try:
-                with self.open(path) as video:
+                with self.open(path, span) as video:
                     found = self.answerer.answer(video, [queries[i] for i in members])
             except VideoError as error:
                 found = [error] * len(members)

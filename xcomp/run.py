@@ -32,8 +32,8 @@ _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "omegaconf", 
 # that is below it. Tuning: what it does not read, and what leaves each step's mathematics alone.
 FREE_KEYS = {
     "tune": (
-        *("arms", "batch_size", "benchmark", "decoding", "export_frames", "frames", "generation", "limit", "memory"),
-        "selector",
+        *("allow_missing", "arms", "batch_size", "benchmark", "decoding", "export_frames", "frames", "generation"),
+        *("limit", "memory", "selector"),
         *("tune.gradient_checkpointing", "tune.num_workers", "tune.save_dtype", "tune.save_every", "tune.steps"),
         *("tune.validation", "trainer.limit_val_batches", "trainer.num_sanity_val_steps"),
         *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"),
@@ -42,8 +42,8 @@ FREE_KEYS = {
         # As long as a step takes as many batches, which the checkpoint knows.
         *("trainer.accumulate_grad_batches", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     ),
-    "compare": ("batch_size", "export_frames", "trainer", "decoding", "memory", "tune"),
-    "evaluate": ("arms", "batch_size", "export_frames", "trainer", "decoding", "memory", "tune"),
+    "compare": ("allow_missing", "batch_size", "export_frames", "trainer", "decoding", "memory", "tune"),
+    "evaluate": ("allow_missing", "arms", "batch_size", "export_frames", "trainer", "decoding", "memory", "tune"),
 }
 _LAUNCHER = "XCOMP_LAUNCHER"
 # Of the Trainer: the others cast whole models, and with them what must stay exact.
@@ -154,7 +154,8 @@ def open_run(config: RunConfig, command: str, **extra: Any) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(description, indent=1))
     else:
-        note_run(folder, config=description["config"])  # with what may change
+        changing = {key: description[key] for key in ("config", "benchmark") if key in description}
+        note_run(folder, **changing)  # with what may change
     return folder
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xcomp.answering import Query
 from xcomp.benchmark import Benchmark, Question
 from xcomp.contract import check_metrics, check_prediction, check_questions, name_of
+from xcomp.messages import printable
+
+SHOWN = 10  # of a list of missing videos
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,21 @@ def read_questions(benchmark: Benchmark) -> list[Question]:
     return questions
 
 
+def missing_videos(questions: Sequence[Question]) -> list[str]:
+    """The videos that are not there, in the order of the questions."""
+    return [video for video in dict.fromkeys(q.video for q in questions) if not os.path.exists(video)]
+
+
+def list_missing(missing: Sequence[str]) -> list[str]:
+    """Lines with the first ten, and how many there are more."""
+    more = [f"  missing: … and {len(missing) - SHOWN} more"] if len(missing) > SHOWN else []
+    return [*(f"  missing: {printable(video)}" for video in missing[:SHOWN]), *more]
+
+
 def query_of(benchmark: Benchmark, question: Question) -> Query:
     """The question as a model is asked it."""
-    return Query(question.video, question.question, benchmark.prompt(question), question.id, question.events)
+    text = benchmark.prompt(question)
+    return Query(question.video, question.question, text, question.id, question.events, question.span)
 
 
 def judge(benchmark: Benchmark, question: Question, text: str) -> Verdict:

@@ -407,7 +407,7 @@ class _GivenFrames:
     def __init__(self, frames: Tensor):
         self.given = frames
 
-    def inspect(self, path: str) -> Pending:
+    def inspect(self, path: str, span: Any = None) -> Pending:
         count = len(self.given)
         times = tuple(i / 2 for i in range(count))
         info = VideoInfo(path, count, 2.0, count / 2, "given", "given", tuple(range(count)), times)

@@ -89,6 +89,7 @@ class Files:
         return self.questions(mended=True)
 
 
+NOT_THERE = {"missing", "null", "long-name"}
 REASONS = {
     "truncated": "not a readable video",
     "garbage": "not a readable video",
@@ -96,9 +97,6 @@ REASONS = {
     "hangs": "decoding took longer than 4 s; raise decoding.seconds",
     "aborts": "decoding it ended the process (SIGABRT)",
     "folder": "folder has no frames",
-    "long-name": "name too long",
-    "missing": "no such file or folder",
-    "null": "cannot be opened (",
     "picture": "decoding takes more memory than decoding.memory allows",
     "closed": "no permission to read it",
     "too-long": "but the language model takes 4096",
@@ -108,7 +106,8 @@ REASONS = {
 
 def test_all_that_can_be_asked_is_asked_and_the_rest_after_mending(tiny_run, tmp_path, capsys):
     files = Files(tmp_path)
-    run = {**tiny_run, "decoding": {"workers": 1, "threads": 1, "seconds": 4.0, "memory": 0.25}}
+    decoding = {"workers": 1, "threads": 1, "seconds": 4.0, "memory": 0.25}
+    run = {**tiny_run, "decoding": decoding, "allow_missing": True}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**run, **files.questions(mended=False)}))
     (tmp_path / "startup").mkdir()
     (tmp_path / "startup" / "sitecustomize.py").write_text(MISBEHAVING)
@@ -119,11 +118,14 @@ def test_all_that_can_be_asked_is_asked_and_the_rest_after_mending(tiny_run, tmp
         text=True,
         timeout=200,
     )
-    num_bad = len(files.bad) + 2
+    num_bad = len(files.bad) + 2 - len(NOT_THERE)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     said = " ".join(done.stdout.split())
     assert f"{2 * num_bad} questions could not be asked" in said and "asked %" in said
+    assert f"3 of {len(files.bad) + 2} videos are missing: 3 questions are left out" in said
     folder = tmp_path / "runs" / "tiny"
+    about = json.loads((folder / "run.json").read_text())["benchmark"]
+    assert len(about["missing"]) == about["missing_questions"] == 3 and about["num_questions"] == 3 + num_bad
     records = read(folder)
     assert len(records) == 2 * (3 + num_bad)
     for record in records:
@@ -138,7 +140,8 @@ def test_all_that_can_be_asked_is_asked_and_the_rest_after_mending(tiny_run, tmp
     mended = {**run, **files.mend()}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(mended))
     assert main(["compare", str(tmp_path / "run.yaml")]) == 0
-    assert Counter(asked(tmp_path)) == {n: 2 for n in set(first) if not n.startswith("good")}
+    assert Counter(asked(tmp_path)) == {n: 2 for n in {*first, *NOT_THERE} if not n.startswith("good")}
+    assert json.loads((folder / "run.json").read_text())["benchmark"]["missing"] == []
     assert "could not be asked" not in capsys.readouterr().out
     assert main(["compare", str(tmp_path / "run.yaml"), "name=undisturbed"]) == 0
     assert [untimed(r) for r in read(folder)] == [untimed(r) for r in read(tmp_path / "runs" / "undisturbed")]

@@ -8,7 +8,6 @@ such, with the reason.
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,11 +38,11 @@ from xcomp.cost import (
     planned_layers,
 )
 from xcomp.decoder import Decoder, QuestionNeeded
-from xcomp.decoding import DecodingPool, VideoInfo
+from xcomp.decoding import DecodingPool, Span, VideoInfo
 from xcomp.layout import merged_lengths
 from xcomp.registry import configure
 from xcomp.schedule import keep_slots, token_counts
-from xcomp.scoring import read_questions
+from xcomp.scoring import list_missing, missing_videos, read_questions
 from xcomp.selector import FrameQuery
 from xcomp.tiny import tiny_backbone
 from xcomp.video import VideoError
@@ -98,7 +97,8 @@ def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -
     num_candidates = len(info.candidates)
     num_frames = min(answerer.budget, num_candidates) if chooses else num_candidates
     found.num_frames = num_frames
-    shown = ShownVideo(info.duration, num_frames, info.times[:num_frames])
+    every = ShownVideo(info.shown_seconds, num_candidates, info.shown_times(info.times))
+    shown = ShownVideo(every.duration, num_frames, every.times[:num_frames])
     prompt = backbone.prompt(query.text, shown)
     prefix, suffix = len(prompt.prefix_ids), len(prompt.suffix_ids)
     groups, width = num_frames // backbone.merged_frames, backbone.text_config.hidden_size
@@ -132,7 +132,6 @@ def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -
     found.weight_bytes = sum(parameter.numel() for parameter in backbone.parameters()) * size
     encoded, found.macs = num_frames, {"vision": None, "select": 0, "prefill": prefill.macs, "answer": asked.macs}
     if chooses and answerer.budget < num_candidates and answerer.selector.uses_video:
-        every = ShownVideo(info.duration, num_candidates, info.times)
         frame_query = FrameQuery(query.question, backbone.prompt(query.text, every), shown=every)
         cost = answerer.selector.cost(backbone, num_candidates, frame_query, answerer.compressor)
         if cost is None:
@@ -312,10 +311,14 @@ def dry_run(config: RunConfig) -> bool:
     arms, console = resolve_arms(config), Console()
     benchmark = build_component("benchmark", config.benchmark, config.plugins)
     questions, problem = _questions(benchmark, config.limit)
-    found = _find_videos(questions, console)
+    found = _find_videos(config, questions, console)
+    for what, count in benchmark.defects.items():
+        console.print(f"  {count} with a defect: {what}", markup=False, soft_wrap=True)
     if problem:
         console.print(f"questions: {problem}", markup=False, soft_wrap=True)
-    infos, decode_seconds = _probe(config, found)
+    here = set(found)
+    parts = dict.fromkeys((q.video, q.span) for q in questions if q.video in here)
+    infos, decode_seconds = _probe(config, list(parts))
     info, where = _typical(config, infos)
     if questions:
         first = questions[0]
@@ -324,7 +327,9 @@ def dry_run(config: RunConfig) -> bool:
         query = Query("", QUESTION, multiple_choice_prompt(QUESTION, ["yes", "no", "neither", "both"]))
     known = _Arms(config, arms, benchmark)
     costs, impossible = known.costs(info, query), known.problems
-    console.print(f"counted for {where}: {len(info.candidates)} candidate frames, {info.duration:.0f} s", markup=False)
+    console.print(
+        f"counted for {where}: {len(info.candidates)} candidate frames, {info.shown_seconds:.0f} s", markup=False
+    )
     console.print(_cost_table([costs[arm.name] for arm in arms]))
     _print_notes(console, costs.values())
     _print_memory(config, costs, info, console)
@@ -341,24 +346,28 @@ def _questions(benchmark: Any, limit: int | None) -> tuple[list[Question], str |
         return [], " ".join(str(error).split())
 
 
-def _find_videos(questions: Sequence[Question], console: Console) -> list[str]:
+def _find_videos(config: RunConfig, questions: Sequence[Question], console: Console) -> list[str]:
+    missing = missing_videos(questions)
     videos = list(dict.fromkeys(question.video for question in questions))
-    found = [video for video in videos if os.path.exists(video)]
-    missing = [video for video in videos if video not in set(found)]
-    console.print(f"{len(questions)} questions about {len(videos)} videos: {len(found)} found, {len(missing)} missing")
-    for video in missing[:10]:
-        console.print(f"  missing: {video}", markup=False, soft_wrap=True)
-    return found
+    count = len(videos) - len(missing)
+    console.print(f"{len(questions)} questions about {len(videos)} videos: {count} found, {len(missing)} missing")
+    for line in list_missing(missing):
+        console.print(line, markup=False, soft_wrap=True)
+    if missing and not config.allow_missing:
+        text = "a run ends before it begins where videos are missing; allow_missing: true goes on without them"
+        console.print(text, soft_wrap=True)
+    return [video for video in videos if video not in set(missing)]
 
 
-def _probe(config: RunConfig, videos: Sequence[str]) -> tuple[list[VideoInfo], float | None]:
-    """Some of the videos, opened; and the seconds that decoding one candidate frame takes, on the first that opens."""
+def _probe(config: RunConfig, videos: Sequence[tuple[str, Span]]) -> tuple[list[VideoInfo], float | None]:
+    """Some of the videos, or spans of them, opened; and the seconds that decoding one candidate frame takes, on the
+    first that opens."""
     infos, seconds = [], None
     step = max(1, len(videos) // PROBED)
     with DecodingPool(config.decoding, config.sampling) as pool:
-        for path in videos[::step][:PROBED]:
+        for path, span in videos[::step][:PROBED]:
             try:
-                infos.append(pool.inspect(path).result()[0])
+                infos.append(pool.inspect(path, span).result()[0])
             except VideoError:
                 continue  # it will be an error of its questions
         if infos:
@@ -436,12 +445,14 @@ def _print_time(
     shared = {"vision", "prefill"}
     compute = 0.0
     for arm, open_questions in left.items():
-        videos = len({question.video for question in open_questions})
+        videos = len({(question.video, question.span) for question in open_questions})
         for stage, macs in costs[arm].macs.items():
             compute += macs * (videos if stage in shared else len(open_questions)) / rate
         compute += costs[arm].writing_macs * len(open_questions) / rate
     frames = max(cost.num_frames or 0 for cost in costs.values())
-    decode = decode_seconds * frames * len({q.video for open_questions in left.values() for q in open_questions})
+    decode = (
+        decode_seconds * frames * len({(q.video, q.span) for open_questions in left.values() for q in open_questions})
+    )
     console.print(
         f"expected: about {_duration(max(compute, decode))} ({_duration(compute)} of the model at {rate / 1e9:,.0f} "
         f"GMACs a second, measured on matrix products on {device}; {_duration(decode)} of decoding beside it)",

@@ -59,6 +59,7 @@ def record(
         "metrics": {},
         "option_scores": None,
         "events": [list(span) for span in question.events],
+        "span": None if question.span is None else list(question.span),
         "error": None,
         "reader": None if info is None else f"{info.reader_version}",
     }

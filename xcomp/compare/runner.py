@@ -20,6 +20,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -47,10 +48,11 @@ from xcomp.decoding import DecodingPool
 from xcomp.inflight import PixelBudget, VideoInFlight
 from xcomp.ledger import shares
 from xcomp.memory import PeakMemory
+from xcomp.messages import printable
 from xcomp.model import check_sampling
 from xcomp.registry import configure
 from xcomp.run import check_run, hold_run, make_trainer, open_run
-from xcomp.scoring import query_of, read_questions
+from xcomp.scoring import list_missing, missing_videos, query_of, read_questions
 from xcomp.selector import shared_selector
 from xcomp.video import VideoError
 
@@ -85,6 +87,7 @@ class Comparison:
         for arm in arms:
             self.groups.setdefault(_key(arm.backbone), []).append(arm)
         self.questions: list[Question] = []
+        self.about: dict[str, Any] = {}
 
     def run(self) -> Path:
         config, folder = self.config, self.config.folder
@@ -94,6 +97,7 @@ class Comparison:
             self._read_questions()
             if not any(map(self.open_tasks, self.groups.values())):
                 with hold_run(folder):
+                    self._note()
                     self._export(merge_records(folder, self._order))
                     return report(folder)
         with ExitStack() as stack:
@@ -101,12 +105,11 @@ class Comparison:
                 stack.enter_context(hold_run(folder))
             ranks = max(1, trainer.world_size // max(1, trainer.num_nodes))
             pool = stack.enter_context(DecodingPool(config.decoding, config.sampling, ranks=ranks))
+            if not self.questions:
+                self._read_questions()  # before anything large is loaded
             panels = self._build(trainers)
-            self._read_questions()
             if trainer.is_global_zero:
-                about = {"name": config.benchmark, "num_questions": len(self.questions)}
-                described = [arm.description for arm in self.arms]
-                open_run(config, self.kind, arms=described, benchmark=about)
+                self._note()
                 merge_records(folder, self._order)
             for key, arms in self.groups.items():
                 panel = panels.pop(key, None) or self._panel(arms, trainers[key])
@@ -117,6 +120,10 @@ class Comparison:
             self._export(merge_records(folder, self._order))
             return report(folder)
 
+    def _note(self) -> None:
+        """What the run folder says of the run."""
+        open_run(self.config, self.kind, arms=[arm.description for arm in self.arms], benchmark=self.about)
+
     def _export(self, records: Iterable[Record]) -> None:
         if self.config.export_frames is not None:
             export_frames(Path(self.config.export_frames), records)
@@ -126,16 +133,30 @@ class Comparison:
         return [(arm.name, question.id) for arm in self.arms for question in self.questions]
 
     def _read_questions(self) -> None:
-        """The questions, and a check that there are videos to ask them about."""
-        self.questions = read_questions(self.benchmark)[: self.config.limit]
-        videos = dict.fromkeys(question.video for question in self.questions)
-        missing = [video for video in videos if not os.path.exists(video)]  # which takes any name
-        if not missing:
-            return
-        shown = ", ".join(missing[:10]) + (" …" if len(missing) > 10 else "")
-        if len(missing) == len(videos):
-            raise ConfigError(f"none of the benchmark's {len(videos)} videos is there: {shown}")
-        print(f"{len(missing)} of {len(videos)} videos are missing: {shown}", flush=True)
+        """The questions that will be asked, and what ``run.json`` tells of the benchmark.
+
+        Raises:
+            ConfigError: if videos are missing, unless that is allowed and some are there.
+        """
+        questions = read_questions(self.benchmark)[: self.config.limit]
+        missing, videos = missing_videos(questions), {question.video for question in questions}
+        if missing and rank_zero_only.rank == 0:
+            print("\n".join(list_missing(missing)), flush=True)
+        if missing and not (self.config.allow_missing and len(missing) < len(videos)):
+            raise ConfigError(_refusal(missing, len(videos)))
+        gone = set(missing)
+        self.questions = [question for question in questions if question.video not in gone]
+        left_out = len(questions) - len(self.questions)
+        self.about = {
+            "name": self.config.benchmark,
+            "num_questions": len(self.questions),
+            "num_videos": len(videos) - len(missing),
+            "missing": missing,
+            "missing_questions": left_out,
+            "defects": dict(self.benchmark.defects),
+        }
+        if missing and rank_zero_only.rank == 0:
+            print(f"{len(missing)} of {len(videos)} videos are missing: {left_out} questions are left out", flush=True)
 
     # --- models -----------------------------------------------------------------------------------------------------
 
@@ -211,11 +232,12 @@ class Comparison:
     def open_tasks(self, arms: Sequence[ResolvedArm]) -> list[VideoTask]:
         """The videos about which some of the arms have questions without an answer."""
         answered = {(r["arm"], r["question_id"]) for r in read_records(self.config.folder) if not r.get("error")}
-        tasks: dict[str, VideoTask] = {}
+        tasks: dict[Any, VideoTask] = {}
         for question in self.questions:
             open_arms = [arm.name for arm in arms if (arm.name, question.id) not in answered]
             if open_arms:
-                task = tasks.setdefault(question.video, VideoTask(question.video, {}))
+                video, span = question.video, question.span
+                task = tasks.setdefault((video, span), VideoTask(video, {}, span))
                 for name in open_arms:
                     task.open.setdefault(name, []).append(question.id)
         return list(tasks.values())
@@ -347,12 +369,26 @@ class _Ahead(Dataset):
                 data.panel.backbone,
                 data.pool,
                 data.run.config.memory,
+                span=task.span,
                 budget=self.budget,
                 needs=data.panel.needs,
             )
             video.expect(data.panel.expected(task))
             self.started[index] = video
         return self.started[index]
+
+
+def _refusal(missing: Sequence[str], num_videos: int) -> str:
+    try:
+        where = os.path.commonpath([os.path.dirname(os.path.abspath(video)) for video in missing])
+    except ValueError:  # no path, or on several drives
+        where = os.path.dirname(missing[0])
+    if len(missing) == num_videos:
+        return f"none of the benchmark's {num_videos} videos is there, looked for in '{printable(where)}'"
+    return (
+        f"{len(missing)} of the benchmark's {num_videos} videos are missing, looked for in '{printable(where)}'; "
+        "allow_missing: true goes on without them"
+    )
 
 
 def _key(node: Any) -> str:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 @dataclass
 class VideoTask:
-    """A video and, for each arm, the ids of the questions that are open."""
+    """A video, or a span of it in seconds, and, for each arm, the ids of the questions that are open."""
 
     video: str
     open: dict[str, list[str]]
+    span: tuple[float, float] | None = None
 
     @property
     def num_open(self) -> int:
@@ -29,7 +30,7 @@ def share_out(tasks: Sequence[VideoTask], num_processes: int) -> list[list[Video
     costs = [size / max(1, sum(sizes)) + count / max(1, sum(counts)) for size, count in zip(sizes, counts)]
     shares: list[list[VideoTask]] = [[] for _ in range(num_processes)]
     loads = [0.0] * num_processes
-    for place in sorted(range(len(tasks)), key=lambda i: (-costs[i], tasks[i].video)):
+    for place in sorted(range(len(tasks)), key=lambda i: (-costs[i], tasks[i].video, tasks[i].span or ())):
         process = loads.index(min(loads))
         shares[process].append(tasks[place])
         loads[process] += costs[place]
