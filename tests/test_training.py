@@ -1,13 +1,20 @@
 """How a model is trained: learning rates and their schedules, and what else `tune` says of a step."""
 
+import json
 import math
+import re
+from functools import partial
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
 from torch.nn import Linear
+from tuning_runs import checkpoints, logged, same, tuning_config
 
 import xcomp
 from xcomp.config import ConfigError, Tune, parse_config
 from xcomp.tiny import tiny_backbone
+from xcomp.tuning import tune
 
 
 def tuned(compressor=None, **options):
@@ -26,6 +33,15 @@ def rates(model, steps):
         optimizer.step()
         schedule.step()
     return found
+
+
+@pytest.fixture
+def make(tiny_run, needle_videos):
+    return partial(tuning_config, tiny_run, needle_videos)
+
+
+def run(content):
+    return tune(parse_config(content, "x"))
 
 
 SHAPES = {
@@ -81,3 +97,93 @@ def test_each_part_has_its_rate():
 def test_what_cannot_be_is_one_line(options, line):
     with pytest.raises(ConfigError, match=line):
         parse_config({"tune": options}, "x")
+
+
+# --- callbacks --------------------------------------------------------------------------------------------------------
+
+
+class Noticing(Callback):
+    """A callback of a user's own, which logs a metric."""
+
+    def __init__(self, value: float = 1.0):
+        self.value = value
+
+    def on_train_batch_end(self, trainer, module, *_):
+        module.log("mine", self.value * trainer.global_step)
+
+
+def test_early_stopping_ends_a_run_whose_model_is_the_best_one(make):
+    callbacks = [{"name": "EarlyStopping", "monitor": "mine", "patience": 1, "mode": "min"},
+                 {"name": "test_training:Noticing", "value": 2.0},
+                 {"name": "ModelCheckpoint", "monitor": "validation/loss", "save_weights_only": True}]  # fmt: skip
+    model = run(make("run", callbacks=callbacks, validation=True, steps=40, learning_rate=0.05, export="best"))
+    folder = model.parent
+    assert sorted(logged(folder)) == list(range(8))  # epochs of 4 steps: 4 was the best, 8 is no better
+    losses = {int(step) + 1: float(loss) for step, loss in logged(folder, "validation/loss").items()}
+    step = min(losses, key=losses.get)
+    (best,) = (folder / "checkpoints").glob("best-*.ckpt")
+    assert sorted(losses) == [4, 8] and best.name == f"best-step={step}-loss={losses[step]:.6g}.ckpt"
+    best = torch.load(best, weights_only=True)["state_dict"]
+    state = torch.load(folder / "checkpoints" / "step=8.ckpt", weights_only=True)
+    loaded = dict(xcomp.load_backbone("videochat_flash", checkpoint=str(model)).named_parameters())
+    assert same(loaded, {name: best[f"backbone.{name}"] for name in loaded})
+    assert same(loaded, {n: state["state_dict"][f"backbone.{n}"] for n in loaded}) == (step == 8)
+    assert len(list((folder / "checkpoints" / "named").glob("*.ckpt"))) == 1
+    assert run(make("run", callbacks=callbacks, validation=True, steps=40, learning_rate=0.05, export="last")) == model
+    assert same(dict(xcomp.load_backbone("videochat_flash", checkpoint=str(model)).named_parameters()),
+                {n: state["state_dict"][f"backbone.{n}"] for n in loaded})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "node, line",
+    [
+        ("EarlyStopping", r"tune.callbacks\[0\] is 'EarlyStopping'; it must be a mapping with 'name'"),
+        ({"name": "EarlyStoping"}, "has no 'EarlyStoping'; did you mean 'EarlyStopping'"),
+        ({"name": "EarlyStopping", "patiance": 2}, "has no argument 'patiance'; did you mean 'patience'"),
+        ({"name": "EarlyStopping"}, "EarlyStopping: .*monitor"),
+        ({"name": "EarlyStopping", "monitor": "val_loss"}, "monitor is 'val_loss'; did you mean 'validation/loss'"),
+        (
+            {"name": "EarlyStopping", "monitor": "validation/loss"},
+            "monitors 'validation/loss', but tune.validation is em",
+        ),
+        ({"name": "EarlyStopping", "monitor": "train/loss", "mode": "least"}, "EarlyStopping: `mode` can be"),
+        ({"name": "nowhere:Mine"}, "'nowhere:Mine' cannot be imported: No module named 'nowhere'"),
+        ({"name": "math:pi"}, "'math:pi' is no class derived from"),
+        ({"name": "GradientAccumulationScheduler", "scheduling": {0: 2}}, "set trainer.accumulate_grad_batches"),
+    ],
+)
+def test_a_callback_that_cannot_be_is_refused_before_anything_is_loaded(make, tmp_path, node, line):
+    content = make("run", {"backbone": {"name": "videochat_flash", "checkpoint": "/nowhere"}}, callbacks=[node])
+    with pytest.raises(ConfigError, match=line):
+        run(content)
+    assert not (tmp_path / "runs").exists()
+
+
+# --- what a run leaves and tells --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep, left", [(1, [6]), (3, [4, 5, 6])])
+def test_as_many_checkpoints_are_kept_as_asked(make, keep, left):
+    folder = run(make("run", keep=keep, save_every=1)).parent
+    assert checkpoints(folder) == [f"step={step}.ckpt" for step in left]
+    run(make("run", keep=keep, save_every=1, steps=7))
+    assert checkpoints(folder) == [f"step={step}.ckpt" for step in [*left, 7][-keep:]]
+
+
+def test_speed_memory_and_time_left_are_told(make, capsys):
+    bar = {"trainer": {"enable_progress_bar": True, "accumulate_grad_batches": 2}}
+    folder = run(make("run", bar, frames=[8], steps=3)).parent
+    names = ("tokens_per_second", "frames_per_second", "peak_memory_gb", "seconds_left")
+    tokens, frames, peak, left = ({s: float(v) for s, v in logged(folder, name).items()} for name in names)
+    assert all(sorted(values) == [0, 1, 2] and min(values.values()) >= 0 for values in (tokens, frames, peak, left))
+    assert 16 < tokens[2] / frames[2] < 60  # 16 of each frame, and the texts of a video of 8
+    assert 0.05 < peak[2] < 20 and left[2] == 0 < left[0]
+    assert re.search(r"3/3 .* loss \d\.\d+ +[\d,]+ tok/s +[\d,.]+ f", capsys.readouterr().out)
+    assert json.loads((folder / "run.json").read_text())["tuned"] == {"steps": 3, "save_dtype": None, "export": "last"}
+
+
+def test_the_best_needs_a_validation_and_checkpoints(make):
+    with pytest.raises(ConfigError, match="tune.export is best, but tune.validation is empty"):
+        run(make("run", export="best"))
+    with pytest.raises(ConfigError, match="tune.export is best, but trainer.enable_checkpointing is false"):
+        run(make("run", {"trainer": {"enable_checkpointing": False}}, export="best", validation=True))

@@ -294,7 +294,7 @@ def test_the_bar_counts_the_steps_of_the_run(make, capsys, stop_before):
     with pytest.raises(RuntimeError, match="power cut"):
         run(make("run", shown, validation=True))
     out = capsys.readouterr().out
-    assert "step " in out and "5/6" in out and "Epoch" not in out and "train/loss" in out
+    assert "step " in out and "5/6" in out and "Epoch" not in out and "loss " in out
     restore()
     run(make("run", shown, validation=True))  # from step 4
     assert "6/6" in capsys.readouterr().out

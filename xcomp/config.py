@@ -29,6 +29,7 @@ from xcomp.shipped import built_in
 
 TRAINABLE = ("llm", "projector", "vision", "compressor")
 DTYPES = ("float32", "bfloat16", "float16")
+EXPORTS = ("last", "best")
 # Schedules of the learning rate, after a warm-up, as transformers calls them.
 LR_SCHEDULES = {
     "cosine": "cosine",
@@ -126,6 +127,10 @@ class Tune:
     gradient_checkpointing: bool = False
     save_every: int = 200  # steps between checkpoints one can resume from
     save_dtype: str | None = None  # dtype of the checkpoint folder that is written at the end; default as computed
+    keep: int = 2  # newest checkpoints that are kept
+    export: str = "last"  # the weights that are written at the end: last, or best by validation loss
+    # {name: EarlyStopping, monitor: validation/loss}: one of lightning.pytorch.callbacks, or module:Class
+    callbacks: list[Any] = field(default_factory=list)
     # How it is trained.
     learning_rates: dict[str, float] = field(default_factory=dict)  # part → rate, where it is not learning_rate
     schedule: str = (
@@ -489,6 +494,9 @@ def _training_rules(t: Tune) -> list[tuple[bool, str]]:
     """As ``_generation_rules``."""
     schedules = ", ".join(LR_SCHEDULES)
     return [
+        (t.keep >= 1, f"tune.keep is {t.keep}; it must be at least 1"),
+        (t.export in EXPORTS, f"tune.export is '{t.export}';{nearest(t.export, EXPORTS)} it must be last or best"),
+        (t.export == "last" or t.validation, "tune.export is best, but tune.validation is empty; list records for it"),
         (
             t.schedule in LR_SCHEDULES,
             f"tune.schedule is '{t.schedule}';{nearest(t.schedule, LR_SCHEDULES)} schedules: {schedules}",

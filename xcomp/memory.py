@@ -30,6 +30,11 @@ class PeakMemory:
             self.bytes["device"] = torch.cuda.max_memory_allocated(self.device)
 
 
+def peak_bytes(device: torch.device) -> int | None:
+    """Since the process began: on CUDA the peak of what tensors took, elsewhere of the process's resident size."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _high_water_mark()
+
+
 def _high_water_mark() -> int | None:
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()

@@ -6,6 +6,8 @@ A checkpoint is one file of tensors, numbers and text in torch's zip format, who
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import shutil
@@ -26,11 +28,12 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch.optim.lr_scheduler import LambdaLR
 
 from xcomp.checkpoint import mend_folder
-from xcomp.config import ConfigError
+from xcomp.config import ConfigError, Tune
 from xcomp.run import whole_file
 from xcomp.stopping import Stopped
 
 CHECKPOINTS = "checkpoints"
+BEST = re.compile(r"best-step=(\d+)-loss=([\d.e+-]+)\.ckpt")
 FILE = re.compile(r"step=(\d+)\.ckpt|last\.ckpt")  # last: a copy that earlier versions wrote
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -120,6 +123,12 @@ def _checkpoints(folder: Path) -> list[Path]:
             f"checkpoint '{folders[0]}' is a folder, whose reading may run code; only files are resumed from"
         )
     return paths
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The weights with the lowest validation loss in a run folder; None where no validation has run."""
+    found = {path: BEST.fullmatch(path.name) for path in (folder / CHECKPOINTS).glob("best-*.ckpt")}
+    return min((path for path in found if found[path]), key=lambda path: float(found[path][2]), default=None)
 
 
 def _forbidden(path: Path, error: UnpicklingError) -> str:
@@ -217,13 +226,17 @@ class StepSeed(Callback):
 class StepCheckpoints(Checkpoint):
     """A checkpoint every so many optimizer steps, at the last one, and where a run is stopped.
 
-    The newest is kept, and the one before it in case a disk loses the newest; while one is written there is one other.
-    A signal in a validation has one written at once; the validation then runs to its end, and is not run again.
+    The ``keep`` newest are kept (the second in case a disk loses the newest); while one is written there is another. A
+    signal in a validation has one written at once; the validation then runs to its end, and is not run again.
+
+    The weights with the lowest ``validation/loss`` so far are kept too, without optimizer states.
     """
 
-    def __init__(self, folder: Path, every: int, steps: int, stop: StopAtStep):
-        self.folder, self.every, self.steps, self.stop = folder / CHECKPOINTS, every, steps, stop
-        self.newest: Path | None = None
+    def __init__(self, folder: Path, tune: Tune, stop: StopAtStep):
+        self.folder, self.stop = folder / CHECKPOINTS, stop
+        self.every, self.steps, self.keep = tune.save_every, tune.steps, tune.keep
+        self.kept: list[Path] = []  # the newest last
+        self.validation = json.dumps(tune.validation, sort_keys=True)
         self._loop: dict[str, Any] = {}
         self._ranks = self._accumulated = 1
 
@@ -231,15 +244,20 @@ class StepCheckpoints(Checkpoint):
         self._ranks, self._accumulated = trainer.world_size, trainer.accumulate_grad_batches
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "ranks": self._ranks, "accumulated": self._accumulated}
+        own = {"steps": self.steps, "ranks": self._ranks, "accumulated": self._accumulated}
+        return {**own, "validation": self.validation}
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # Lightning counts a rank's batches; with other ranks, as many steps are another number of them.
-        before = checkpoint["callbacks"].get(self.state_key, {}).get("accumulated") or self._accumulated
+        own = checkpoint["callbacks"].get(self.state_key, {})
+        before = own.get("accumulated") or self._accumulated
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for count in (progress["total"], progress["current"]):
             for name in count:
                 count[name] = count[name] * self._accumulated // before
+        if own.get("validation", self.validation) != self.validation and (best := best_checkpoint(self.folder.parent)):
+            print(f"xcomp: tune.validation has changed: {best.name} is the best no longer", file=sys.stderr)
+            best.unlink(missing_ok=True)  # losses on other records do not compare
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # A run that Lightning resumed at the end of an epoch does not count the next one as begun. Resumed once more,
@@ -249,7 +267,10 @@ class StepCheckpoints(Checkpoint):
         checkpoint["loops"]["fit_loop"] = self._loop
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.newest = Path(trainer.ckpt_path) if trainer.ckpt_path else None
+        if trainer.ckpt_path:
+            newest = Path(trainer.ckpt_path)
+            found = _checkpoints(self.folder.parent)
+            self.kept = found[found.index(newest) :][::-1] if newest in found else [newest]
         # The restored rates follow the schedule they were saved under, which may have been for another number of steps.
         for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
             if isinstance(scheduler, LambdaLR):
@@ -267,13 +288,36 @@ class StepCheckpoints(Checkpoint):
         if self.stop.due:
             self._save(trainer)
 
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        loss = float(trainer.callback_metrics.get("validation/loss", math.inf))
+        before = best_checkpoint(self.folder.parent)
+        # Rounded as in the name, so that a validation that is run again is no better than it was.
+        lower = before is None or float(f"{loss:.6g}") < float(BEST.fullmatch(before.name)[2])
+        if trainer.sanity_checking or not math.isfinite(loss) or not trainer.strategy.broadcast(lower):
+            return
+        trainer.save_checkpoint(
+            self.folder / f"best-step={trainer.global_step}-loss={loss:.6g}.ckpt", weights_only=True
+        )
+        if before is not None and trainer.is_global_zero:
+            before.unlink()
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.stop.between:  # also where a callback ended the run
+            self._save(trainer)
+
     def _save(self, trainer: L.Trainer) -> None:
         path = self.folder / f"step={trainer.global_step}.ckpt"
-        if path == self.newest:
+        if path in self.kept:
             return
+        self._tidy(trainer, max(1, self.keep - 1))
+        trainer.save_checkpoint(path, weights_only=False)
+        self.kept.append(path)
+        self._tidy(trainer, self.keep)
+
+    def _tidy(self, trainer: L.Trainer, keep: int) -> None:
+        """Delete all but the ``keep`` newest, and what is no checkpoint of this run up to here."""
+        self.kept = self.kept[-keep:]
         if trainer.is_global_zero:
             for old in self.folder.glob("*.ckpt"):
-                if FILE.fullmatch(old.name) and old != self.newest:
+                if FILE.fullmatch(old.name) and old not in self.kept:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
-        trainer.save_checkpoint(path, weights_only=False)
-        self.newest = path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 import lightning as L
@@ -13,12 +14,19 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
+from xcomp.callbacks import Throughput, named_callbacks
 from xcomp.config import ConfigError, RunConfig
 from xcomp.messages import nearest
 from xcomp.resuming import StepCheckpoints, StepSeed, StopAtStep, WholeCheckpoints
 from xcomp.run import make_trainer
 
 LOGGERS = ("csv", "tensorboard", "wandb", "none")
+BAR = {  # what the progress bar tells first, in few letters: a terminal has 80
+    "train/loss": "loss {:.3f}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "frames_per_second": "{:,.1f} frames/s",
+    "peak_memory_gb": "{:.1f} GB",
+}
 DEEPSPEED = (
     "deepspeed",
     "deepspeed_stage_1",
@@ -28,21 +36,24 @@ DEEPSPEED = (
 )
 
 
-def tuning_trainer(config: RunConfig, stop: StopAtStep) -> L.Trainer:
-    """The Trainer of a tuning run; ``config.trainer`` overrides its arguments."""
+def tuning_trainer(config: RunConfig, stop: StopAtStep, steps: int) -> L.Trainer:
+    """The Trainer of a tuning run of ``steps``; ``config.trainer`` overrides its arguments."""
     given = {name: value for name, value in config.trainer.items() if name != "logger"}
     given["strategy"] = _strategy(given)
     loggers = _loggers(config)
-    callbacks: list[Callback] = [stop, StepSeed(config.seed)]
+    named = named_callbacks(config.tune, config.folder)
+    callbacks: list[Callback] = [stop, StepSeed(config.seed), Throughput(), *named]
     if given.get("enable_checkpointing", True):
-        callbacks.append(StepCheckpoints(config.folder, config.tune.save_every, config.tune.steps, stop))
+        callbacks.append(StepCheckpoints(config.folder, config.tune, stop))
+    elif config.tune.export == "best":
+        raise ConfigError("tune.export is best, but trainer.enable_checkpointing is false: no best one is kept")
     if loggers:
         callbacks.append(LearningRateMonitor())
-    if given.get("enable_progress_bar", True):
+    if given.get("enable_progress_bar", True) and not any(isinstance(c, ProgressBar) for c in named):
         callbacks.append(StepBar())
     trainer = make_trainer(
         given,
-        max_steps=config.tune.steps,
+        max_steps=steps,
         accelerator="auto",
         devices=1,
         gradient_clip_val=1.0,
@@ -82,7 +93,8 @@ def _processes(given: dict[str, Any]) -> int:
         devices = 1 if given.get("accelerator") == "cpu" else max(1, torch.cuda.device_count())
     elif isinstance(devices, str):
         devices = len(devices.strip(",").split(",")) if "," in devices else int(devices) if devices.isdigit() else 1
-    return (len(devices) if isinstance(devices, list) else devices) * given.get("num_nodes", 1)
+    numbers = [len(devices) if isinstance(devices, list) else devices, given.get("num_nodes", 1)]
+    return math.prod(number for number in numbers if isinstance(number, int))  # of others Lightning says what is wrong
 
 
 def _check_deepspeed(name: str, given: dict[str, Any]) -> None:
@@ -145,7 +157,7 @@ class StepBar(ProgressBar):
         if not self._enabled:
             return
         rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # or metrics would crowd out the numbers
-        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn())
         metrics = TextColumn("{task.fields[metrics]}", table_column=rest)
         self._bar = Progress(*columns, TimeRemainingColumn(), metrics, expand=True)
         total = trainer.max_steps if trainer.max_steps > 0 else None
@@ -154,9 +166,10 @@ class StepBar(ProgressBar):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if self._bar is not None:
-            values = self.get_metrics(trainer, module).items()
-            metrics = "  ".join(f"{name} {value:.3f}" for name, value in values if isinstance(value, float))
-            self._bar.update(self._training, completed=trainer.global_step, metrics=metrics)
+            values = self.get_metrics(trainer, module)
+            shown = [text.format(values[name]) for name, text in BAR.items() if name in values]
+            shown += [f"{name} {values[name]:.4g}" for name in values if name not in BAR and name != "v_num"]
+            self._bar.update(self._training, completed=trainer.global_step, metrics="  ".join(shown))
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._bar is not None:

@@ -13,22 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 from torch import distributed
 
 from xcomp.checkpoint import save_compressor, whole_folder
-from xcomp.config import ConfigError, RunConfig
+from xcomp.config import ConfigError, RunConfig, Tune
 from xcomp.contract import check_methods
 from xcomp.data.module import ConversationData
 from xcomp.model import VideoQA
-from xcomp.resuming import Resume, StopAtStep, clear_leftovers, newest_checkpoint
+from xcomp.resuming import Resume, StopAtStep, best_checkpoint, clear_leftovers, newest_checkpoint
 from xcomp.run import check_run, hold_run, note_run, open_run
 from xcomp.sharding import check_sharded, gathered, is_sharded
 from xcomp.stopping import signals
 from xcomp.trainer import tuning_trainer
 
-SAVED = ("steps", "save_dtype")  # options of ``tune`` that decide what model is written, and may change on resuming
+SAVED = (
+    "steps",
+    "save_dtype",
+    "export",
+)  # options of ``tune`` that decide what model is written, and may change on resuming
 
 
 def tune(config: RunConfig) -> Path:
@@ -43,7 +48,7 @@ def tune(config: RunConfig) -> Path:
         return config.folder / "model"
     L.seed_everything(config.seed, workers=True, verbose=False)
     stop = StopAtStep()
-    trainer = tuning_trainer(config, stop)
+    trainer = tuning_trainer(config, stop, _last_step(config))
     try:
         with hold_run(config.folder) if trainer.is_global_zero else nullcontext():
             if not _is_tuned(config):  # as it may be by now
@@ -78,10 +83,25 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
     if stop.number is not None and trainer.checkpoint_callbacks:  # in the last step, after which one was written
         raise stop.stopped(trainer)
     with gathered(model):
+        if config.tune.export == "best":
+            _take_best(model, folder)
         if trainer.is_global_zero:
             _save_model(model, folder / "model", config.tune.save_dtype)
-            note_run(folder, tuned={name: getattr(config.tune, name) for name in SAVED})
+            ended = {"ended": trainer.global_step} if trainer.global_step < config.tune.steps else {}
+            note_run(folder, tuned={name: getattr(config.tune, name) for name in SAVED} | ended)
     trainer.strategy.barrier()
+
+
+@torch.no_grad()
+def _take_best(model: VideoQA, folder: Path) -> None:
+    """Give a model whose parameters are whole those with the lowest validation loss."""
+    path = best_checkpoint(folder)
+    if path is None:
+        raise ConfigError(f"tune.export is best, but no validation has run in '{folder}'; take tune.export=last")
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
+    for name, parameter in model.named_parameters():
+        if name in state:
+            parameter.copy_(state[name])
 
 
 def _save_model(model: VideoQA, folder: Path, dtype: str | None) -> None:
@@ -105,7 +125,7 @@ def _is_tuned(config: RunConfig) -> bool:
     if not (folder / "model").is_dir() or not (folder / "run.json").is_file():
         return (folder / "model").is_dir()
     tuned = _tuned(folder)
-    return all(tuned.get(name) == getattr(config.tune, name) for name in SAVED)
+    return all(tuned.get(name, getattr(Tune, name)) == getattr(config.tune, name) for name in SAVED)
 
 
 def _tuned(folder: Path) -> dict[str, Any]:
@@ -114,10 +134,19 @@ def _tuned(folder: Path) -> dict[str, Any]:
     return run.get("tuned") or run["config"]["tune"]
 
 
+def _last_step(config: RunConfig) -> int:
+    """``tune.steps``, or the step at which a callback ended this run."""
+    steps = config.tune.steps
+    if (config.folder / "run.json").is_file() and (tuned := _tuned(config.folder))["steps"] == steps:
+        return tuned.get("ended", steps)
+    return steps
+
+
 def _note_tuned(folder: Path) -> None:
     """Before the run's description changes: what the model that is there was tuned for."""
     if (folder / "model").is_dir():
-        note_run(folder, tuned={name: _tuned(folder)[name] for name in SAVED})
+        tuned = _tuned(folder)
+        note_run(folder, tuned={name: tuned.get(name) for name in (*SAVED, "ended") if name in tuned})
 
 
 def _resume(config: RunConfig, trainer: L.Trainer) -> Resume | None:

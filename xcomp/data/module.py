@@ -29,6 +29,16 @@ class Sample:
     pixels: Tensor
     text: TokenisedConversation
 
+    def size(self, backbone: Backbone) -> tuple[int, int]:
+        """Tokens that enter the language model before anything leaves, and frames."""
+        frames = 0 if self.pixels is None else len(self.pixels)
+        text = [
+            self.text.prefix_ids,
+            self.text.suffix_ids,
+            *(ids for pair in self.text.frame_texts or () for ids in pair),
+        ]
+        return sum(map(len, text)) + frames // backbone.merged_frames * backbone.tokens_per_frame, frames
+
 
 class ConversationDataset(Dataset):
     """Conversations as samples. ``frames``: frame counts to draw from (seeded by the item); empty: by ``sampling``."""
