@@ -19,6 +19,7 @@ class AvgPool(Compressor):
     """(T, N, D) → (T, tokens, D)."""
 
     about = About("average pooling, a heuristic baseline", "before the language model")
+    downsamples = True
 
     @dataclass
     class Config:

@@ -35,6 +35,7 @@ class Downsample(Compressor):
     )
 
     needs = ("grid",)
+    downsamples = True
 
     @dataclass
     class Config:

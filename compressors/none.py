@@ -12,6 +12,7 @@ class NoCompression(Compressor):
     """Keeps all tokens."""
 
     about = About("the model as it is", "nowhere", keeps=1.0)
+    downsamples = True
 
     @dataclass
     class Config:

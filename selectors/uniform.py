@@ -14,6 +14,7 @@ class Uniform(FrameSelector):
     """The middle frame of each of ``budget`` equal stretches."""
 
     uses_video = False
+    downsamples = True
 
     @dataclass
     class Config:

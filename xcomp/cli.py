@@ -94,8 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--question", help="the question that is counted")
     cost.add_argument("--table-e", action="store_true", help="the paper's Table E beside ours")
     cost.set_defaults(run=_cost)
-    report = commands.add_parser("report", help="the table and report of a run, also while it goes on")
-    report.add_argument("folder", help="a run folder")
+    text = "the tables and report of a run, also while it goes on, or of several together"
+    report = commands.add_parser("report", help=text)
+    report.add_argument("folders", nargs="+", metavar="RUN", help="a run folder, or several whose arms are merged")
+    report.add_argument("--out", metavar="DIR", help="where the report goes; default: the folder of a single run")
+    report.add_argument("--reference", metavar="ARM", help="hold the others against this arm; default: the first")
+    report.add_argument("--hard", metavar="ARM", help="the arm whose wrong answers make the hard part")
+    report.add_argument("--equal", metavar="BUDGET", help="frames, tokens_in, kv_tokens or macs: compare equals in it")
+    report.add_argument("--all-pairs", action="store_true", help="every arm against every other")
+    text = "compare accuracies although versions of xcomp differ"
+    report.add_argument("--allow-versions", action="store_true", help=text)
     report.set_defaults(run=_report)
     ask = commands.add_parser("ask", help="ask a question about a video file, or any number of them")
     ask.add_argument("video")
@@ -166,9 +174,11 @@ def _cost(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from pathlib import Path
 
+    from xcomp.compare.analysis import Options
     from xcomp.compare.runner import report
 
-    report(Path(options.folder))
+    given = Options(options.reference, options.hard, options.equal, options.all_pairs, options.allow_versions)
+    report([Path(folder) for folder in options.folders], None if options.out is None else Path(options.out), given)
 
 
 def _tune(options: argparse.Namespace) -> None:

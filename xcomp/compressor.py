@@ -170,6 +170,7 @@ class Compressor(nn.Module):
     Config: type
     about: About | None = None
     needs: tuple[str, ...] = ()  # of xcomp.visual.TOWER_FEATURES what ``compress`` reads; ``grid``: it uses the grid
+    downsamples: bool = False  # plain down-sampling, or nothing: what questions must withstand to be of the hard part
     uses_question: bool = False  # whether ``compress`` looks at the question: videos are then not stored without it
     keeps_positions: bool = False  # inside the language model: tokens keep their positions when others leave
     budget: Budget | None = None  # what YAML asks for beside the method's own options

@@ -170,6 +170,9 @@ class RunConfig:
     batch_size: int = 1  # questions answered together
     limit: int | None = None  # first questions of the benchmark only
     allow_missing: bool = False  # go on where videos are missing, without their questions
+    reference: str | None = None  # the arm that reports hold the others against; default the first
+    hard: str | None = None  # the arm whose wrong answers make the hard part; default plain down-sampling, if there
+    equal: str | None = None  # what budgets must be equal in: frames, tokens_in, kv_tokens or macs
     export_frames: str | None = None  # file to which the frames that arms chose are written, for `frames_file`
     sampling: Sampling = field(default_factory=Sampling)
     decoding: Decoding = field(default_factory=Decoding)

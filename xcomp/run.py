@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "omegaconf", "decord", "av", "numpy")
+REPORT_KEYS = ("equal", "hard", "reference")  # how results are read, not what they are
 # What may change between a run and its continuation without changing what it computes, by command; with a key, all
 # that is below it. Tuning: what it does not read, and what leaves each step's mathematics alone.
 FREE_KEYS = {
     "tune": (
         *("allow_missing", "arms", "batch_size", "benchmark", "decoding", "export_frames", "frames", "generation"),
-        *("limit", "memory", "selector"),
+        *("limit", "memory", "selector", *REPORT_KEYS),
         *("tune.gradient_checkpointing", "tune.num_workers", "tune.save_dtype", "tune.save_every", "tune.steps"),
         *("tune.export", "tune.keep"),
         *("tune.validation", "trainer.limit_val_batches", "trainer.num_sanity_val_steps"),
@@ -43,8 +44,18 @@ FREE_KEYS = {
         # As long as a step takes as many batches, which the checkpoint knows.
         *("trainer.accumulate_grad_batches", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     ),
-    "compare": ("allow_missing", "batch_size", "export_frames", "trainer", "decoding", "memory", "tune"),
-    "evaluate": ("allow_missing", "arms", "batch_size", "export_frames", "trainer", "decoding", "memory", "tune"),
+    "compare": ("allow_missing", "batch_size", "export_frames", "trainer", "decoding", "memory", "tune", *REPORT_KEYS),
+    "evaluate": (
+        "allow_missing",
+        "arms",
+        "batch_size",
+        "export_frames",
+        "trainer",
+        "decoding",
+        "memory",
+        "tune",
+        *REPORT_KEYS,
+    ),
 }
 _LAUNCHER = "XCOMP_LAUNCHER"
 # Of the Trainer: the others cast whole models, and with them what must stay exact.

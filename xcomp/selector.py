@@ -129,6 +129,7 @@ class FrameSelector(nn.Module):
 
     Config: type
     uses_video = True  # False: nothing is looked at before frames are chosen, and only the chosen ones are decoded
+    downsamples = False  # True: frames evenly spread, whatever they show
     repeats = False  # True: the method's own definition may show a frame several times
 
     def __init__(self, config: Any):

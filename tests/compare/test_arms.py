@@ -82,7 +82,7 @@ def test_what_the_environment_holds_is_not_recorded(tiny_run, tmp_path, monkeypa
     assert described["benchmark"]["name"] == described["config"]["benchmark"] == run["benchmark"]
     assert [arm["backbone"] for arm in described["arms"]] == [run["backbone"], own]
     assert [arm["checkpoint"] for arm in described["arms"]] == ["${oc.env:SECRET_CHECKPOINT}"] * 2
-    for name in ("run.json", "results.json", "report.html", "records.jsonl"):
+    for name in ("run.json", "summary.json", "report.html", "records.jsonl"):
         assert checkpoint not in (folder / name).read_text()
         assert root not in (folder / name).read_text() or name == "records.jsonl"  # which names the videos
     assert compare(load_config(tmp_path / "run.yaml")) == folder  # and it resumes

@@ -8,11 +8,10 @@ from comparison_runs import ARMS, read, untimed
 import xcomp
 from xcomp.cli import main
 from xcomp.compare import runner
+from xcomp.compare.analysis import Run, analyse, read_run
 from xcomp.compare.arms import resolve_arms
 from xcomp.compare.records import read_records
-from xcomp.compare.report import read_run
 from xcomp.compare.runner import compare, evaluate
-from xcomp.compare.statistics import summarise
 from xcomp.config import ConfigError, build_component, parse_config
 
 MIXED = """
@@ -76,13 +75,13 @@ def test_every_arm_answers_every_question_once(make, needle_videos, capsys):
     assert first["num_frames"] == 8 and first["tokens_per_layer"] == [8 * 16] * 2 and first["scores"] is None
     assert second["num_frames"] == 4 and second["tokens_in"] == 4 * 8 and second["tokens_per_layer"] == [4 * 8] * 2
     assert len(second["scores"]) == len(second["candidate_times"]) == 8
-    assert {p.name for p in folder.iterdir()} >= {"run.json", "results.json", "report.html", "accuracy.png"}
+    assert {p.name for p in folder.iterdir()} >= {"run.json", "summary.json", "report.html", "accuracy.png"}
     out = capsys.readouterr().out
     assert all(arm["name"] in out for arm in ARMS) and "report.html" in out
 
 
 def test_the_run_file_describes_the_arms(make):
-    run, _ = read_run(compare(make()))
+    run = read_run(compare(make())).about
     assert [arm["name"] for arm in run["arms"]] == ["whole", "half"] and run["kind"] == "compare"
     assert run["arms"][1]["compressor"] == {"name": "avg_pool", "tokens": 8} and run["benchmark"]["num_questions"] == 3
     assert run["config"] == make().to_dict()
@@ -97,7 +96,7 @@ def test_a_batch_gives_the_records_of_single_questions(make):
 
 def test_evaluate_is_one_arm_and_takes_no_notice_of_others(make):
     folder = evaluate(make())
-    records, run = read(folder), read_run(folder)[0]
+    records, run = read(folder), read_run(folder).about
     assert {r["arm"] for r in records} == {"lp_comp + uniform"} and len(records) == 3
     assert run["kind"] == "evaluate" and len(run["arms"]) == 1
     with pytest.raises(ConfigError, match="belongs to 'xcomp evaluate'"):
@@ -160,7 +159,9 @@ def test_a_broken_video_is_an_error_record_and_counts_as_wrong(make, broken, cap
         assert first["question_id"] == "broken" and "broken.mp4: not a readable video" in first["error"]
         assert first["correct"] is False and first["prediction"] is None
         assert all(r["error"] is None and "text" in r for r in rest) and len(rest) == 2
-    summary = summarise([{**r, "correct": r["error"] is None} for r in records])[0]
+    summary = analyse(
+        [Run(make().folder, {}, [{**r, "score": float(r["error"] is None)} for r in records])]
+    ).summary.arms[0]
     assert (summary.errors, summary.accuracy.correct, summary.accuracy.n) == (1, 2, 3)
     assert "2 questions could not be asked" in capsys.readouterr().out
 

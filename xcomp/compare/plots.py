@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from xcomp.compare.statistics import ArmSummary, Record
+from xcomp.compare.analysis import ArmSummary, Record
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -47,6 +47,11 @@ class Legend:
         frames = arm.get("frames")
         names = {"name": str(arm["name"]), "group": str(arm.get("group", arm["name"]))}
         return cls(**names, frames=frames if isinstance(frames, int) else None, **parts)
+
+
+def legends(arms: Iterable[ArmSummary]) -> dict[str, Legend]:
+    """Of the arms that run.json describes, by name."""
+    return {arm.name: Legend.from_dict({**arm.description, "name": arm.name}) for arm in arms if arm.description}
 
 
 def part_label(part: Any) -> str:
@@ -86,7 +91,7 @@ def _accuracy_rows(summaries: Sequence[ArmSummary]) -> Figure:
     for row, summary in enumerate(summaries):
         values, errors = _bars([summary])
         axes.errorbar(values, [row], xerr=errors, **{**_style(0), "linestyle": "none"}, capsize=3, elinewidth=1.2)
-    axes.set_yticks(range(len(summaries)), [_plain(summary.arm) for summary in summaries])
+    axes.set_yticks(range(len(summaries)), [_plain(summary.name) for summary in summaries])
     axes.set_ylim(len(summaries) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     _percent_axis(axes, "x")
@@ -97,12 +102,12 @@ def _lines(summaries: Sequence[ArmSummary], arms: Mapping[str, Legend]) -> dict[
     """Points (frames, summary) of each group of arms: one method at several frame budgets."""
     lines: dict[str, list[tuple[float, ArmSummary]]] = defaultdict(list)
     for summary in summaries:
-        arm = arms.get(summary.arm)
-        frames = arm.frames if arm and arm.frames else summary.num_frames
+        arm = arms.get(summary.name)
+        frames = arm.frames if arm and arm.frames else (summary.frames or 0)
         if frames > 0:
-            lines[arm.group if arm else summary.arm].append((frames, summary))
+            lines[arm.group if arm else summary.name].append((frames, summary))
     ordered = {label: sorted(points, key=lambda point: point[0]) for label, points in lines.items()}
-    return ordered or {summary.arm: [(1, summary)] for summary in summaries}
+    return ordered or {summary.name: [(1, summary)] for summary in summaries}
 
 
 def _bars(summaries: Sequence[ArmSummary]) -> tuple[list[float], list[list[float]]]:

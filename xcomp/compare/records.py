@@ -77,6 +77,7 @@ def record(
         "times": outcome.times,
         "duration": outcome.duration,
         "num_frames": len(outcome.frames),
+        "tokens_given": outcome.tokens_given,
         "tokens_in": outcome.tokens_in,
         "tokens_out": outcome.tokens_per_layer[-1],
         "tokens_per_layer": outcome.tokens_per_layer,

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from xcomp.answering import Answer, Answerer, Query
 from xcomp.backbone import Backbone, check_device
 from xcomp.benchmark import Benchmark, Question
+from xcomp.compare.analysis import Analysis, Options, check_equal
 from xcomp.compare.arms import ResolvedArm, resolve_arms
 from xcomp.compare.records import (
     RECORDS,
@@ -39,8 +40,8 @@ from xcomp.compare.records import (
     read_records,
     record,
 )
-from xcomp.compare.report import read_run, table, write_report
-from xcomp.compare.statistics import summarise
+from xcomp.compare.report import report_folder, write_report
+from xcomp.compare.tables import print_summary
 from xcomp.compare.tasks import VideoTask, share_out
 from xcomp.config import ConfigError, RunConfig, build_component, component_parts, split_component
 from xcomp.contract import check_methods
@@ -48,7 +49,7 @@ from xcomp.decoding import DecodingPool
 from xcomp.inflight import PixelBudget, VideoInFlight
 from xcomp.ledger import shares
 from xcomp.memory import PeakMemory
-from xcomp.messages import printable
+from xcomp.messages import nearest, printable
 from xcomp.model import check_sampling
 from xcomp.registry import configure
 from xcomp.run import check_run, hold_run, make_trainer, open_run
@@ -74,8 +75,20 @@ def compare(config: RunConfig, kind: str = "compare") -> Path:
     arms = resolve_arms(config)
     benchmark = build_component("benchmark", config.benchmark, config.plugins)
     check_methods("benchmark", benchmark, "questions")
+    _check_report(config, arms)
     check_run(config, kind)
     return Comparison(config, kind, arms, benchmark).run()
+
+
+def _check_report(config: RunConfig, arms: Sequence[ResolvedArm]) -> None:
+    """ConfigError where what the report is asked for names no arm or no budget."""
+    names = [arm.name for arm in arms]
+    for key in ("reference", "hard"):
+        given = getattr(config, key)
+        if given is not None and given not in names and given not in [arm.group for arm in arms]:
+            raise ConfigError(f"{key} is '{given}', which is no arm;{nearest(given, names)} arms: {', '.join(names)}")
+    if config.equal is not None:
+        check_equal(config.equal)
 
 
 class Comparison:
@@ -99,7 +112,8 @@ class Comparison:
                 with hold_run(folder):
                     self._note()
                     self._export(merge_records(folder, self._order))
-                    return report(folder)
+                    report([folder])
+                    return folder
         with ExitStack() as stack:
             if trainer.is_global_zero:
                 stack.enter_context(hold_run(folder))
@@ -118,7 +132,8 @@ class Comparison:
             if not trainer.is_global_zero:
                 return folder
             self._export(merge_records(folder, self._order))
-            return report(folder)
+            report([folder])
+            return folder
 
     def _note(self) -> None:
         """What the run folder says of the run."""
@@ -401,19 +416,21 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def report(folder: Path) -> Path:
-    """Print the table of a run so far and write its report."""
-    run, records = read_run(folder)
+def report(folders: Sequence[Path], out: Path | None = None, options: Options | None = None) -> Analysis:
+    """Print the tables of one or several runs so far and write their report, into the folder of one or into ``out``."""
+    analysis = write_report(folders, out, options)
     console = Console()
-    console.print(table(summarise(records)))
-    failed = num_failed(records)
+    print_summary(analysis.summary, console)
+    failed = num_failed(analysis.records)
     if failed:
+        where = ", ".join(str(folder / RECORDS) for folder in folders)
         console.print(
-            f"{failed} questions could not be asked (see 'error' in {folder / RECORDS}) and count as wrong; the same "
-            "command asks them again",
+            f"{failed} questions could not be asked (see 'error' in {where}) and count as wrong; the same command asks "
+            "them again",
             markup=False,
         )
-    console.print(f"report: {write_report(folder)}", soft_wrap=True, markup=False)
-    if failed == len(records):
-        raise ConfigError(f"no question could be asked; the first: {records[0]['error']}")
-    return folder
+    page = report_folder(folders, out) / "report.html"
+    console.print(f"report: {page}", soft_wrap=True, markup=False)
+    if failed == len(analysis.records):
+        raise ConfigError(f"no question could be asked; the first: {analysis.records[0]['error']}")
+    return analysis

@@ -1,224 +1,212 @@
-"""From records to numbers: accuracy with intervals, mean costs, and paired differences between arms.
+"""The statistics of a comparison: accuracies and differences with intervals that hold for questions in clusters.
 
-A record is one answered question (one line of ``records.jsonl``). Questions about one video are not independent, so
-intervals come from a bootstrap that draws whole videos (Field and Welsh, 2007, "Bootstrapping clustered data");
-where every video has one question, from Wilson's score interval (Wilson, 1927). All intervals are 95 %.
+Questions about one video are not independent, so videos, not questions, are what is drawn from a population. The
+percentile bootstrap over videos falls short of its level where videos are few, so the intervals here are built on the
+cluster-robust standard error CR2 of the mean with Bell and McCaffrey's degrees of freedom (2002, "Bias reduction in
+standard errors for linear regression with multi-stage samples"): Student's t for differences, and for accuracies
+Wilson's score interval (1927) at the effective number of questions that this standard error amounts to (Korn and
+Graubard, 1998, "Confidence intervals for proportions with small expected number of positive counts estimated from
+survey data"). Where arms have several seeds, videos and seeds are both taken as drawn (:func:`crossed`).
 
-Everything here is deterministic: the bootstrap is seeded and does not depend on the order of the records.
+Scores are 0 or 1, or fractions (open questions). All intervals are 95 %. Everything here is deterministic.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 from scipy import stats
 
-Record = Mapping[str, Any]
 LEVEL = 0.95
-RESAMPLES = 5000
-# Draws held in memory at once.
-_CHUNK = 2**22
+POWER = 0.8
 
 
 @dataclass(frozen=True)
-class Proportion:
-    """A share of right answers with its 95 % interval.
+class Accuracy:
+    """A mean score with its 95 % interval.
 
-    ``method`` is "wilson" (one question a video), "bootstrap" (over videos) or "wilson over videos" (see ``accuracy``).
+    ``correct`` is the sum of the scores of ``n`` questions about ``num_videos`` videos. ``method`` says how the
+    interval was made: "wilson" (one question a video, each right or wrong), "clustered wilson" (at the number of
+    questions they are worth), "wilson over videos" (all videos scored alike), "seeds and videos" (both are drawn).
     """
 
-    correct: int
-    n: int
     value: float
     low: float
     high: float
+    correct: float
+    n: int
+    num_videos: int
     method: str
 
 
 @dataclass(frozen=True)
-class ArmSummary:
-    """One arm's results. Costs are means over the questions that ran without an error; NaN if there are none.
+class Clustered:
+    """A mean over questions in clusters: its CR2 standard error and degrees of freedom (NaN of a single cluster)."""
 
-    ``errors`` counts questions that failed to run and ``unanswered`` those whose text named no option; both are wrong
-    answers in ``accuracy``. ``accuracy_asked`` leaves out those that failed to run; None if all did. ``macs`` and
-    ``seconds`` are by stage, as a question would take them alone on a fresh video; ``seconds_amortised`` divides what
-    was shared by those who shared it. ``seconds_quartiles`` are those of a whole question alone. ``peak_memory`` is the
-    largest seen, in bytes, of the host and (on CUDA) of the device. ``event_recall`` is the share of a question's
-    events of which at least one frame was shown, where the benchmark knows them; NaN where it does not.
-    """
-
-    arm: str
-    accuracy: Proportion
-    accuracy_asked: Proportion | None
-    num_videos: int
-    errors: int
-    unanswered: int
-    num_frames: float
-    tokens_in: float
-    tokens_out: float
-    macs: dict[str, float]
-    seconds: dict[str, float]
-    seconds_amortised: dict[str, float]
-    seconds_quartiles: tuple[float, float]
-    peak_memory: dict[str, int]
-    categories: dict[str, Proportion]
-    event_recall: float = math.nan
-
-    @property
-    def total_macs(self) -> float:
-        return _total(self.macs)
-
-    @property
-    def total_seconds(self) -> float:
-        return _total(self.seconds)
-
-    @property
-    def total_seconds_amortised(self) -> float:
-        return _total(self.seconds_amortised)
+    value: float
+    standard_error: float
+    degrees: float
+    num_clusters: int
 
 
 @dataclass(frozen=True)
-class PairedDifference:
-    """Accuracy of arm ``a`` minus that of arm ``b`` on the questions both were asked.
+class Paired:
+    """The mean difference of paired scores with its interval, and what can be said of it.
 
-    ``a_only`` and ``b_only`` count the questions that one arm alone got right. ``low`` and ``high`` bound the
-    difference (bootstrap over videos); ``p`` is McNemar's exact two-sided p-value, which takes questions as
-    independent: where videos have several questions, trust the interval.
+    ``p`` is that of the t test that the interval belongs to (of the sign test over videos where they all show the same
+    difference); ``mcnemar`` the exact test's, which takes questions as independent, None where scores are not 0 or 1.
+    ``detectable`` is the smallest difference that the t test would find with 80 % power, None where videos do not vary.
     """
 
-    a: str
-    b: str
     n: int
     num_videos: int
-    accuracy_a: float
-    accuracy_b: float
+    value_a: float
+    value_b: float
     difference: float
     low: float
     high: float
-    a_only: int
-    b_only: int
+    wins: int
+    ties: int
+    losses: int
+    standard_error: float | None
+    degrees: float | None
     p: float
+    mcnemar: float | None
+    detectable: float | None
 
 
-def is_correct(record: Record) -> bool:
-    """Whether the question counts as answered rightly; one that failed to run does not."""
-    return bool(record["correct"]) and not record.get("error")
+# --- means over clusters -----------------------------------------------------------------------------------------
 
 
-def summarise(records: Iterable[Record], *, resamples: int = RESAMPLES, seed: int = 0) -> list[ArmSummary]:
-    """One summary an arm, in the order in which arms first appear.
+def by_cluster(values: Iterable[float], clusters: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the values and their number in each cluster, clusters in the order of their names."""
+    totals: dict[str, list[float]] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        total = totals.setdefault(cluster, [0.0, 0.0])
+        total[0] += value
+        total[1] += 1
+    sums, counts = zip(*(totals[cluster] for cluster in sorted(totals)))
+    return np.array(sums), np.array(counts)
 
-    Raises ValueError if there are no records, or if an arm answers a question twice.
+
+def clustered_moments(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, CR2 standard error and Bell–McCaffrey degrees of freedom of Σ sums / Σ counts; clusters on the last axis.
+
+    The mean is a least-squares fit of a constant, and has cluster leverages h = counts / Σ counts: residual sums are
+    divided by √(1 − h), and the degrees of freedom are tr(M)² / tr(M²), where the quadratic form M would be the
+    variance's if questions were independent. NaN of a single cluster.
     """
-    arms = _by(records, "arm")
-    if not arms:
-        raise ValueError("no records to summarise: the run has not answered a question yet")
-    return [_summarise_arm(arm, answers, resamples, seed) for arm, answers in arms.items()]
+    sums, counts = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    total = counts.sum(axis=-1, keepdims=True)
+    mean = sums.sum(axis=-1, keepdims=True) / total
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = 1 / (1 - counts / total)
+        error = np.sqrt((scale * (sums - mean * counts) ** 2).sum(axis=-1)) / total[..., 0]
+        own, shared = scale * counts, scale * counts**2 / total
+        trace = (own - shared).sum(axis=-1)
+        squares = (own**2).sum(axis=-1) - 2 * (own * shared).sum(axis=-1) + shared.sum(axis=-1) ** 2
+        return mean[..., 0], error, trace**2 / squares
 
 
-def _summarise_arm(arm: str, records: list[Record], resamples: int, seed: int) -> ArmSummary:
-    _by_question(records)  # refuses a question answered twice
-    ran = [record for record in records if not record.get("error")]
-    seconds = [sum(record["seconds"].values()) for record in ran]
-    low, high = (float(np.quantile(seconds, q)) if seconds else math.nan for q in (0.25, 0.75))
-    categories = sorted(_by(records, "category").items())
-    return ArmSummary(
-        arm=arm,
-        accuracy=accuracy(records, resamples=resamples, seed=seed),
-        accuracy_asked=accuracy(ran, resamples=resamples, seed=seed) if ran else None,
-        num_videos=len({record["video"] for record in records}),
-        errors=len(records) - len(ran),
-        unanswered=sum(record.get("prediction") is None for record in ran),
-        num_frames=_mean(ran, "num_frames"),
-        tokens_in=_mean(ran, "tokens_in"),
-        tokens_out=_mean(ran, "tokens_out"),
-        macs=_stage_means(ran, "macs"),
-        seconds=_stage_means(ran, "seconds"),
-        seconds_amortised=_stage_means(ran, "seconds_amortised"),
-        seconds_quartiles=(low, high),
-        peak_memory=_largest(ran, "peak_memory"),
-        categories={name: accuracy(group, resamples=resamples, seed=seed) for name, group in categories},
-        event_recall=_event_recall(ran),
-    )
+def accuracy(scores: Sequence[float], videos: Sequence[str]) -> Accuracy:
+    """Mean score and its interval.
 
-
-def _event_recall(records: Iterable[Record]) -> float:
-    shares = []
-    for record in records:
-        events, times = record.get("events") or [], record.get("times") or []
-        if events:
-            shares.append(sum(any(start <= t <= end for t in times) for start, end in events) / len(events))
-    return sum(shares) / len(shares) if shares else math.nan
-
-
-def accuracy(records: Sequence[Record], *, resamples: int = RESAMPLES, seed: int = 0) -> Proportion:
-    """Share of right answers and its interval.
-
-    Drawing videos shows no spread when there is one video or all have the same share (all right, for instance), though
-    the next video may well differ. The interval is then Wilson's with the number of videos as the count: wide, as it
-    should be.
+    Where videos do not differ (there is one, or all have the same share of right answers) they show no spread, though
+    the next may well differ: the interval is Wilson's with the number of videos as the count, wide, as it should be.
     """
-    correct, counts = _per_video(records, is_correct)
-    right, n, num_videos = int(correct.sum()), int(counts.sum()), len(counts)
-    value = right / n
-    if n == num_videos:
-        return Proportion(right, n, value, *wilson(right, n), "wilson")
-    if np.ptp(correct / counts) == 0:
-        return Proportion(right, n, value, *wilson(value * num_videos, num_videos), "wilson over videos")
-    return Proportion(right, n, value, *cluster_interval(correct, counts, resamples=resamples, seed=seed), "bootstrap")
-
-
-def paired(
-    records_a: Iterable[Record], records_b: Iterable[Record], *, resamples: int = RESAMPLES, seed: int = 0
-) -> PairedDifference:
-    """Compares two arms, question by question.
-
-    Raises ValueError if they have no question in common, or if a question has different answers in the two.
-    """
-    all_a, all_b = _by_question(records_a), _by_question(records_b)
-    common = [(all_a[key], all_b[key]) for key in all_a if key in all_b]
-    if not common:
-        raise ValueError("the two arms have no question in common, so they cannot be compared in pairs")
-    for a, b in common:
-        if a["answer"] != b["answer"]:
-            raise ValueError(f"question {a['question_id']!r} has different right answers in the two arms")
-    return _difference(common, resamples, seed)
-
-
-def _difference(common: list[tuple[Record, Record]], resamples: int, seed: int) -> PairedDifference:
-    right = [(is_correct(a), is_correct(b)) for a, b in common]
-    gains = [{"video": a["video"], "gain": x - y} for (a, _), (x, y) in zip(common, right, strict=True)]
-    sums, counts = _per_video(gains, lambda row: row["gain"])
-    a_only, b_only = right.count((True, False)), right.count((False, True))
-    n = len(common)
-    difference = (a_only - b_only) / n
-    if np.ptp(sums / counts) > 0:
-        low, high = cluster_interval(sums, counts, resamples=resamples, seed=seed)
+    if not len(scores):
+        raise ValueError("no scores: the mean of nothing has no interval")
+    sums, counts = by_cluster(scores, videos)
+    n, num_videos, value = len(scores), len(counts), float(np.mean(scores))
+    value = min(max(value, 0.0), 1.0)
+    if np.ptp(sums / counts) == 0:
+        low, high = wilson(value * num_videos, num_videos)
+        method = "wilson" if n == num_videos and is_binary(scores) else "wilson over videos"
+    elif n == num_videos and is_binary(scores):
+        low, high = wilson(float(sums.sum()), n)
+        method = "wilson"
     else:
-        low, high = _difference_without_spread(difference, a_only + b_only, len(counts))
-    return PairedDifference(
-        a=common[0][0]["arm"],
-        b=common[0][1]["arm"],
-        n=n,
-        num_videos=len(counts),
-        accuracy_a=sum(x for x, _ in right) / n,
-        accuracy_b=sum(y for _, y in right) / n,
-        difference=difference,
+        low, high = (float(bound) for bound in clustered_wilson(*clustered_moments(sums, counts)))
+        method = "clustered wilson"
+    return Accuracy(value, low, high, round(float(sums.sum()), 9), n, num_videos, method)
+
+
+def clustered_wilson(mean: np.ndarray, error: np.ndarray, degrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's interval at the number of questions n with mean (1 − mean) / n = error², less for Student's t."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = stats.norm.ppf((1 + LEVEL) / 2)
+        effective = mean * (1 - mean) / error**2 * (z / stats.t.ppf((1 + LEVEL) / 2, degrees)) ** 2
+        return _wilson(mean, effective)
+
+
+def wilson(correct: float, n: float) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, without continuity correction; ``correct`` may be fractional."""
+    if n < 1 or not 0 <= correct <= n:
+        raise ValueError(f"need 0 ≤ correct ≤ n and n ≥ 1, got correct = {correct}, n = {n}")
+    low, high = _wilson(correct / n, n)
+    # At the ends the bound is 0 or 1 exactly; the formula leaves rounding error there.
+    return (0.0 if correct == 0 else float(low)), (1.0 if correct == n else float(high))
+
+
+def _wilson(share: np.ndarray | float, n: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    z = stats.norm.ppf((1 + LEVEL) / 2)
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
+
+
+# --- differences -------------------------------------------------------------------------------------------------
+
+
+def paired(scores_a: np.ndarray, scores_b: np.ndarray, videos: Sequence[str]) -> Paired:
+    """Compares two arms' scores on the same questions, (questions) or (seeds, questions); the i-th belong together.
+
+    With several seeds, wins, ties and losses are counted over seeds and questions, and there is no McNemar's test.
+    """
+    a, b = np.atleast_2d(np.asarray(scores_a, dtype=np.float64)), np.atleast_2d(np.asarray(scores_b, dtype=np.float64))
+    gains = a - b
+    sums, counts = _seeds_by_cluster(gains, videos)
+    num_videos = counts.shape[1]
+    wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
+    found = crossed(sums, counts)
+    spread = num_videos > 1 and found.standard_error > 0
+    if spread:
+        low, high = t_interval(found)
+        p = float(2 * stats.t.sf(abs(found.value) / found.standard_error, found.degrees))
+    else:
+        low, high = _without_spread(found.value, wins + losses, num_videos)
+        p = float(stats.binomtest(num_videos, num_videos).pvalue) if wins + losses else 1.0  # the sign test of videos
+    return Paired(
+        n=gains.shape[1],
+        num_videos=num_videos,
+        value_a=float(a.mean()),
+        value_b=float(b.mean()),
+        difference=found.value,
         low=low,
         high=high,
-        a_only=a_only,
-        b_only=b_only,
-        p=mcnemar(a_only, b_only),
+        wins=wins,
+        ties=gains.size - wins - losses,
+        losses=losses,
+        standard_error=found.standard_error if spread else None,
+        degrees=found.degrees if spread else None,
+        p=p,
+        mcnemar=mcnemar(wins, losses) if len(gains) == 1 and is_binary(a) and is_binary(b) else None,
+        detectable=detectable(found.standard_error, found.degrees) if spread else None,
     )
 
 
-def _difference_without_spread(difference: float, discordant: int, num_videos: int) -> tuple[float, float]:
-    """A wide interval for the case in which all videos show the same difference, where drawing videos shows none.
+def t_interval(found: Clustered) -> tuple[float, float]:
+    """Student's t interval of a difference of scores, within −1 … 1."""
+    half = stats.t.ppf((1 + LEVEL) / 2, found.degrees) * found.standard_error
+    return max(-1.0, float(found.value - half)), min(1.0, float(found.value + half))
+
+
+def _without_spread(difference: float, discordant: int, num_videos: int) -> tuple[float, float]:
+    """A wide interval for the case in which all videos show the same difference.
 
     Arms that never differ: at most as many differ as Wilson's upper bound allows. Otherwise the difference, moved from
     [−1, 1] to [0, 1], is treated as a share of the videos.
@@ -230,102 +218,105 @@ def _difference_without_spread(difference: float, discordant: int, num_videos: i
     return 2 * low - 1, 2 * high - 1
 
 
-def cluster_interval(
-    sums: np.ndarray, counts: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of Σ sums / Σ counts when clusters (videos) are drawn with replacement.
-
-    ``sums`` and ``counts`` have one entry a cluster: the sum of its values and how many there are.
-    """
-    sums, counts = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
-    ratios = [sums[d].sum(axis=1) / counts[d].sum(axis=1) for d in _draws(len(counts), resamples, seed)]
-    low, high = np.quantile(np.concatenate(ratios), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+def detectable(standard_error: float, degrees: float) -> float:
+    """The smallest true difference that a two-sided t test at the 5 % level finds with 80 % power."""
+    return _noncentrality(round(degrees, 3)) * standard_error
 
 
-def _draws(num_clusters: int, resamples: int, seed: int) -> Iterable[np.ndarray]:
-    """``resamples`` rows of cluster indices drawn with replacement, a bounded number of rows at a time."""
-    rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // num_clusters)
-    for start in range(0, resamples, rows):
-        yield rng.integers(num_clusters, size=(min(rows, resamples - start), num_clusters))
+@lru_cache(maxsize=4096)
+def _noncentrality(degrees: float) -> float:
+    from statsmodels.stats.power import TTestPower
 
-
-def wilson(correct: float, n: int) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, without continuity correction; ``correct`` may be fractional."""
-    if n < 1 or not 0 <= correct <= n:
-        raise ValueError(f"need 0 ≤ correct ≤ n and n ≥ 1, got correct = {correct}, n = {n}")
-    z = stats.norm.ppf((1 + LEVEL) / 2)
-    share = correct / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At the ends the bound is 0 or 1 exactly; the formula leaves rounding error there.
-    return (0.0 if correct == 0 else float(centre - half)), (1.0 if correct == n else float(centre + half))
+    observations = degrees + 1
+    effect = TTestPower().solve_power(nobs=observations, alpha=1 - LEVEL, power=POWER, alternative="two-sided")
+    return float(np.squeeze(effect)) * math.sqrt(observations)
 
 
 def mcnemar(a_only: int, b_only: int) -> float:
     """McNemar's exact two-sided p-value from the two counts of questions that one arm alone got right."""
-    discordant = a_only + b_only
-    return float(stats.binomtest(a_only, discordant, 0.5).pvalue) if discordant else 1.0
+    from statsmodels.stats.contingency_tables import mcnemar as test
+
+    return float(test([[0, a_only], [b_only, 0]], exact=True).pvalue) if a_only + b_only else 1.0
 
 
-def holm(pvalues: Sequence[float]) -> list[float]:
-    """Holm's adjustment for testing several hypotheses: adjusted p-values, in the order given (Holm, 1979)."""
-    adjusted, largest = [0.0] * len(pvalues), 0.0
-    for rank, index in enumerate(sorted(range(len(pvalues)), key=lambda i: pvalues[i])):
-        largest = max(largest, min(1.0, (len(pvalues) - rank) * pvalues[index]))
-        adjusted[index] = largest
-    return adjusted
+def holm(pvalues: Sequence[float | None]) -> list[float | None]:
+    """Holm's adjustment for testing several hypotheses, in the order given; None stays None and is not counted."""
+    from statsmodels.stats.multitest import multipletests
+
+    known = [p for p in pvalues if p is not None]
+    adjusted = iter(multipletests(known, method="holm")[1].tolist() if known else ())
+    return [None if p is None else next(adjusted) for p in pvalues]
 
 
-def _by(records: Iterable[Record], key: str) -> dict[str, list[Record]]:
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        groups[record.get(key) or ""].append(record)
-    return dict(groups)
+def is_binary(scores: Sequence[float]) -> bool:
+    """Whether all scores are 0 or 1."""
+    return bool(np.isin(np.asarray(scores, dtype=np.float64), (0.0, 1.0)).all())
 
 
-def _by_question(records: Iterable[Record]) -> dict[str, Record]:
-    """One arm's records by question; ValueError if one appears twice."""
-    questions: dict[str, Record] = {}
-    for record in records:
-        key = record["question_id"]
-        if key in questions:
-            raise ValueError(f"arm {record['arm']!r} answers question {key!r} twice: keep one of the two records")
-        questions[key] = record
-    return questions
+# --- several seeds -----------------------------------------------------------------------------------------------
 
 
-def _per_video(records: Iterable[Record], value: Callable[[Record], float]) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of ``value`` and number of records of each video, videos in the order of their names."""
-    groups = sorted(_by(records, "video").items())
-    sums = np.array([sum(value(record) for record in group) for _, group in groups], dtype=np.float64)
-    return sums, np.array([len(group) for _, group in groups], dtype=np.float64)
+def crossed(sums: np.ndarray, counts: np.ndarray) -> Clustered:
+    """The mean over seeds of Σ sums / Σ counts when both seeds and videos are drawn; arrays of (seeds, videos).
+
+    Its variance is that of drawing videos (``clustered_moments`` of the means over seeds) and that of drawing seeds
+    together, its degrees of freedom Satterthwaite's (1946). Variation of a video from seed to seed is in both, so the
+    error is rather too large than too small (as of a bootstrap that draws rows and columns: Owen, 2007, "The pigeonhole
+    bootstrap").
+    """
+    sums, counts = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    mean, error, degrees = (float(x) for x in clustered_moments(sums.mean(axis=0), counts.mean(axis=0)))
+    num_seeds = len(sums)
+    if num_seeds == 1:
+        return Clustered(mean, error, degrees, sums.shape[1])
+    seeds = float(np.var(sums.sum(axis=1) / counts.sum(axis=1), ddof=1)) / num_seeds
+    variance = error**2 + seeds
+    if variance > 0:
+        degrees = variance**2 / (error**4 / degrees + seeds**2 / (num_seeds - 1))
+    return Clustered(mean, math.sqrt(variance), degrees, sums.shape[1])
 
 
-def _stage_means(records: Sequence[Record], key: str) -> dict[str, float]:
-    """Means by stage, in the order of stages; empty if there are no records."""
-    stages = records[0][key] if records else {}
-    return {stage: float(np.mean([record[key][stage] for record in records])) for stage in stages}
+def seeds_accuracy(scores: np.ndarray, videos: Sequence[str]) -> Accuracy:
+    """Mean over seeds of the mean score; ``scores`` are (seeds, questions)."""
+    scores = np.asarray(scores, dtype=np.float64)
+    sums, counts = _seeds_by_cluster(scores, videos)
+    found = crossed(sums, counts)
+    value = min(max(float(scores.mean()), 0.0), 1.0)
+    num_videos = counts.shape[1]
+    if num_videos > 1 and found.standard_error > 0:
+        low, high = (float(b) for b in clustered_wilson(np.float64(value), found.standard_error, found.degrees))
+        method = "seeds and videos"
+    else:
+        (low, high), method = wilson(value * num_videos, num_videos), "wilson over videos"
+    correct = round(float(scores.sum() / len(scores)), 9)
+    return Accuracy(value, low, high, correct, scores.shape[1], num_videos, method)
 
 
-def _largest(records: Iterable[Record], key: str) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for record in records:
-        for name, value in record[key].items():
-            if value is not None:
-                found[name] = max(value, found.get(name, 0))
+def _seeds_by_cluster(scores: np.ndarray, videos: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    sums, counts = zip(*(by_cluster(row, videos) for row in scores))
+    return np.stack(sums), np.stack(counts)
+
+
+# --- budgets and costs -------------------------------------------------------------------------------------------
+
+
+def equal_within(values: Mapping[str, float], tolerance: float) -> list[list[str]]:
+    """The largest sets of two or more whose values differ by no more than ``tolerance`` of the smallest."""
+    ordered = sorted(values, key=lambda name: values[name])
+    found: list[list[str]] = []
+    for start, name in enumerate(ordered):
+        limit = values[name] * (1 + tolerance) + 1e-12
+        group = [other for other in ordered[start:] if values[other] <= limit]
+        if len(group) > 1 and not (found and set(group) <= set(found[-1])):
+            found.append(group)
     return found
 
 
-def _total(by_stage: Mapping[str, float]) -> float:
-    return sum(by_stage.values()) if by_stage else math.nan
-
-
-def _numbers(records: Iterable[Record], key: str) -> list[float]:
-    return [record[key] for record in records if record.get(key) is not None]
-
-
-def _mean(records: Iterable[Record], key: str) -> float:
-    numbers = _numbers(records, key)
-    return float(np.mean(numbers)) if numbers else math.nan
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Of (cost, value) by name, those that no other beats: none is as cheap and better, or cheaper and as good."""
+    front = [
+        name
+        for name, (cost, value) in points.items()
+        if not any(c <= cost and v >= value and (c, v) != (cost, value) for c, v in points.values())
+    ]
+    return sorted(front, key=lambda name: points[name])
