@@ -882,8 +882,10 @@ def verdict(summary: Summary) -> str:
         if worse[1:]:
             parts.append(f"{_names(worse[1:])} {'falls' if len(worse) == 2 else 'fall'} behind it too")
     if same:
-        seen = [d.detectable for d in same if d.detectable is not None]
-        least = f" (a difference below {100 * max(seen):.1f} points would hardly have been seen)" if seen else ""
+        seen = max((d.detectable for d in same if d.detectable is not None), default=None)
+        least = f"a difference below {100 * seen:.1f} points would hardly have been seen" if seen and seen < 1 else ""
+        least = "there are too few videos to see any difference" if seen and seen >= 1 else least
+        least = f" ({least})" if least else ""
         parts.append(f"{_names(same)} cannot be told apart from {base}{least}")
     if unequal:
         verb = "has" if len(unequal) == 1 else "have"

@@ -44,7 +44,7 @@ def grids(summary: Summary, *, brief: bool = False) -> list[Grid]:
         differences(summary, brief=brief),
         seeds(summary),
         group_differences(summary, brief=brief),
-        *stages(summary),
+        *stages(summary, brief=brief),
         budgets(summary),
         *(labels(summary, axis) for axis in summary.axes if not (brief and _num_labels(summary, axis) > MAX_LABELS)),
         others(summary),
@@ -100,7 +100,7 @@ def _meaning(summary: Summary) -> str:
     return text
 
 
-def stages(summary: Summary) -> list[Grid]:
+def stages(summary: Summary, *, brief: bool = False) -> list[Grid]:
     """Mean seconds alone by stage, and what is no stage's; a table a run where hardware differs."""
     found = []
     names = [None] if summary.seconds_comparable else [run.name for run in summary.runs]
@@ -109,23 +109,21 @@ def stages(summary: Summary) -> list[Grid]:
         shown = list(dict.fromkeys(stage for arm in arms for stage in arm.seconds))
         if not shown:
             continue
+        if brief:  # stages that take no time in any arm have no room
+            shown = [stage for stage in shown if any(significant(arm.seconds.get(stage)) != "0.000" for arm in arms)]
         rows = [
-            [
-                arm.name,
-                *(significant(arm.seconds.get(stage)) for stage in shown),
-                significant(arm.total_seconds),
-                significant(arm.total_seconds_amortised),
-                significant(arm.harness),
-            ]
+            [arm.name, *(significant(arm.seconds.get(stage)) for stage in shown), significant(arm.harness)]
             for arm in arms
         ]
+        totals = [[significant(arm.total_seconds), significant(arm.total_seconds_amortised)] for arm in arms]
+        rows = rows if brief else [[*row, *total] for row, total in zip(rows, totals, strict=True)]
         title = "Seconds by stage" + (f": {name}" if name else "")
         note = (
-            "Means a question, alone on a fresh video; 'shared': all stages, with shared work divided among those who "
-            "shared it; 'harness': time of the run that is no stage's, divided among its questions. Decoding runs "
-            "beside the model: seconds of the decoding processes divided by their number."
+            "Means a question, alone on a fresh video; 'harness': time of the run that is no stage's, divided among its "
+            "questions. Decoding runs beside the model: seconds of the decoding processes divided by their number."
         )
-        found.append(Grid(title, ["arm", *shown, "total", "shared", "harness"], rows, [note]))
+        columns = ["arm", *shown, "harness", *([] if brief else ["total", "shared"])]
+        found.append(Grid(title, columns, rows, [note]))
     return found
 
 
@@ -160,7 +158,7 @@ def _difference_cells(found: Sequence[Difference], with_b: bool, brief: bool) ->
     for d in found:
         row = [d.a, *([d.b] if with_b else []), points_with_interval(d), f"{d.wins:,}/{d.ties:,}/{d.losses:,}"]
         row += [p_value(d.p_holm), *([p_value(d.mcnemar_holm)] if exact else [])]
-        row += ["–" if d.detectable is None else f"{100 * d.detectable:.1f}"]
+        row += ["–" if d.detectable is None else f"{100 * d.detectable:.1f}" if d.detectable < 1 else ">\u00a0100"]
         rows.append([*row, *([] if brief else [", ".join(BUDGETS[kind] for kind in d.equal) or "–"])])
     return columns, rows
 
