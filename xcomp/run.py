@@ -45,17 +45,8 @@ FREE_KEYS = {
         *("trainer.accumulate_grad_batches", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     ),
     "compare": ("allow_missing", "batch_size", "export_frames", "trainer", "decoding", "memory", "tune", *REPORT_KEYS),
-    "evaluate": (
-        "allow_missing",
-        "arms",
-        "batch_size",
-        "export_frames",
-        "trainer",
-        "decoding",
-        "memory",
-        "tune",
-        *REPORT_KEYS,
-    ),
+    "evaluate": ("arms", "allow_missing", "batch_size", "export_frames", "trainer", "decoding", "memory", "tune")
+    + REPORT_KEYS,
 }
 _LAUNCHER = "XCOMP_LAUNCHER"
 # Of the Trainer: the others cast whole models, and with them what must stay exact.

@@ -119,8 +119,8 @@ def stages(summary: Summary, *, brief: bool = False) -> list[Grid]:
         rows = rows if brief else [[*row, *total] for row, total in zip(rows, totals, strict=True)]
         title = "Seconds by stage" + (f": {name}" if name else "")
         note = (
-            "Means a question, alone on a fresh video; 'harness': time of the run that is no stage's, divided among its "
-            "questions. Decoding runs beside the model: seconds of the decoding processes divided by their number."
+            "Means a question, alone on a fresh video; 'harness': time of the run that is no stage's, divided among "
+            "its questions. Decoding runs beside the model: seconds of the decoding processes divided by their number."
         )
         columns = ["arm", *shown, "harness", *([] if brief else ["total", "shared"])]
         found.append(Grid(title, columns, rows, [note]))
