@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, what they print, and one line for every mistake."""
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 import xcomp
+from xcomp.ask import split_words, toy
 from xcomp.cli import main
 from xcomp.config import load_config, parse_config
 from xcomp.model import VideoQA
@@ -122,13 +124,77 @@ def test_plugins_lists_all_of_them_without_loading_torch(tmp_path):
     assert all(len(row) == 4 and row[3][-1] == "." for row in listed if row[1] != "mine")  # what it does, in a sentence
 
 
-def test_ask_answers_on_stdout_and_nothing_else(place, video):
+def test_ask_answers_on_stdout_and_nothing_else(video):
     question, options = "Which symbol appears first?", ["cross", "ring", "arch"]
-    command = [*XCOMP, "ask", video, question, "--options", *options, "--config", "run.yaml", "--set", "frames=8"]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    command = [*XCOMP, "ask", video, question, "frames=8", "--options", *options, "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    answer = VideoQA.from_config(load_config(place / "run.yaml", ["frames=8"])).eval().ask(video, question, options)
-    assert done.stdout.strip() == (answer.text if answer.choice is None else options[answer.choice])
+    answer = VideoQA.from_config(load_config("ask", ["frames=8"])).eval().ask(video, question, options)
+    assert answer.choice is not None and done.stdout == f"{options[answer.choice]}\n"
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    "words",
+    [
+        "frames=8 compressor=none QUESTION --config run.yaml",
+        "QUESTION --config run.yaml frames=8 compressor=none",
+        "--config run.yaml --set frames=8 compressor=none --question QUESTION",
+    ],
+)
+def test_ask_tells_what_the_answer_is_from(run_cli, place, video, words):
+    question = "Is x=3 on the screen?"
+    answer = VideoQA.from_config(load_config(place / "run.yaml", ["frames=8", "compressor=none"])).eval()
+    answer = answer.ask(video, question)
+    command = [word.replace("QUESTION", question) for word in words.split()]
+    status, out, err = run_cli("ask", video, *command)
+    assert status == 0 and out.strip() == answer.text
+    frames, tokens, cost = err.splitlines()
+    assert frames.startswith(f"xcomp: 8 frames: {answer.frames[0]} ({answer.times[0]:.1f} s), ")
+    assert f"…, {answer.frames[-2]} (" in frames and f" has {answer.duration:.1f} s" in frames
+    assert tokens.endswith("128 given, 128 into the language model, 128 in its last layer")
+    assert f"{sum(answer.share.macs.values()) / 1e9:.3g} GMACs" in cost and "prefill" in cost
+
+    status, out, err = run_cli("ask", video, *command, "--json", "--quiet")
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    told = json.loads(out)
+    for name in ("text", "frames", "times", "duration", "tokens_given", "tokens_in", "tokens_per_layer", "scores"):
+        assert told[name] == getattr(answer, name), name
+    assert told["macs"] == answer.share.macs and set(told["seconds"]) == set(answer.share.seconds)
+    assert told["question"] == question and told["options"] == [] and told["choice"] is told["chosen"] is None
+    assert told["config"] == "run.yaml" and told["overrides"] == ["frames=8", "compressor=none"]
+    assert (told["model"]["name"], told["compressor"], told["selector"]) == ("videochat_flash", "none", "uniform")
+    assert told["tokens_out"] == 128
+
+
+@needs_fork
+def test_ask_says_where_no_option_fits(run_cli, place, video):
+    command = ("ask", video, "What?", "--config", "run.yaml", "--quiet", "--options", "a thing", "nothing")
+    status, out, err = run_cli(*command)
+    model = VideoQA.from_config(load_config(place / "run.yaml")).eval()
+    answer = model.ask(video, "What?", ["a thing", "nothing"])
+    assert answer.choice is None, "these weights choose nothing"
+    assert (status, out) == (0, "") and err.startswith("xcomp: none of the options: the model wrote '")
+    status, out, err = run_cli(*command, "--json")
+    assert status == 0 and json.loads(out)["choice"] is None and json.loads(out)["text"] == answer.text
+    assert err.count("\n") == 1
+
+
+def test_ask_says_that_the_shipped_model_is_a_toy(video, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What?\n\n"))
+    assert main(["ask", video, "frames=8", "--json", "--options", "cross", "ring"]) == 0
+    out, err = capsys.readouterr()
+    assert "'tiny_lp_comp' is a toy" in err and json.loads(out)["question"] == "What?"
+    assert toy(load_config("ask", ["backbone.checkpoint=/a/folder"])) is None
+    assert toy(load_config("videochat_flash_2b/evaluate")) is None
+
+
+def test_the_words_of_ask():
+    assert split_words([]) == (None, [])
+    assert split_words(["frames=8", "sampling.rate=2", "arms[0].frames=2"])[0] is None
+    assert split_words(["What is x=3?", "name=a b"]) == ("What is x=3?", ["name=a b"])
+    assert split_words(["x = 3"]) == ("x = 3", [])
+    assert split_words(["frames=8"], "frames=9") == ("frames=9", ["frames=8"])
 
 
 def test_ask_writes_words_as_they_come(video, monkeypatch, capsys):
@@ -145,7 +211,7 @@ def test_ask_writes_words_as_they_come(video, monkeypatch, capsys):
 
 @needs_fork
 def test_ask_without_options(run_cli, place, video):
-    status, out, err = run_cli("ask", video, "What?", "--config", "run.yaml")
+    status, out, err = run_cli("ask", video, "What?", "--config", "run.yaml", "-q")
     assert (status, err) == (0, "")
     assert out.strip() == VideoQA.from_config(load_config(place / "run.yaml")).eval().ask(video, "What?").text
 
@@ -193,6 +259,11 @@ MISTAKES = {
     ),
     "empty video": ("ask empty.mp4 What? --config run.yaml", "empty.mp4: not a readable video"),
     "folder without images": ("ask runs What? --config run.yaml", "runs: folder has no frames: no images named"),
+    "no override": ("ask VIDEO What? frmes=8", "has no key 'frmes'; did you mean 'frames'?"),
+    "no question": ("ask VIDEO frmes=8", "a question 'frmes=8': --question 'frmes=8'"),
+    "two questions": ("ask VIDEO What is it?", "'is' stands beside the question 'What'; put a question into quotes"),
+    "an override for an option": ("ask VIDEO What? --options a b frames=8", "'frames=8' stands among --options"),
+    "an option twice": ("ask VIDEO What? --options a b a", "option 'a' is given twice"),
     "one option": ("ask VIDEO What? --options A --config run.yaml", "a question has 1 options; it must have 2..26"),
     "missing config": ("tune rum.yaml", "config 'rum.yaml' does not exist"),
     "config that is no YAML": ("tune torn.yaml", "config 'torn.yaml' cannot be read: while parsing a flow sequence"),

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it. What a user can get wrong e
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import shutil
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import xcomp
-from xcomp.messages import nearest
+from xcomp.messages import nearest, printable
 from xcomp.registry import KINDS, Plugin, PluginError, plugins, problem, unreadable
 from xcomp.stopping import Stopped, raise_stopped, signals
 
@@ -53,13 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Options; overrides may stand behind flags too, which argparse alone does not take."""
+    """Options; words and overrides may stand behind flags too, which argparse alone does not take."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and (not hasattr(options, "overrides") or any(r.startswith("-") or "=" not in r for r in rest)):
+    where = next((name for name in ("words", "overrides") if hasattr(options, name)), None)
+    if rest and (not where or any(r.startswith("-") or (where == "overrides" and "=" not in r) for r in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.overrides = [*options.overrides, *rest]
+        setattr(options, where, [*getattr(options, where), *rest])
     return options
 
 
@@ -107,10 +109,19 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     ask = commands.add_parser("ask", help="ask a question about a video file, or any number of them")
     ask.add_argument("video")
-    ask.add_argument("question", nargs="?", help="without one, questions are read line by line, and the video is kept")
+    text = (
+        "the question, in quotes, and overrides of the config (frames=64); without a question, questions are read line "
+        "by line, and the video is kept"
+    )
+    ask.add_argument("words", nargs="*", metavar="[QUESTION] [key=value]", help=text)
+    ask.add_argument("--question", help="a question that looks like key=value")
     ask.add_argument("--options", nargs="+", metavar="OPTION", help="answers to choose from")
     ask.add_argument("--config", default="ask", help="a YAML file, or the name of a built-in config (default: ask)")
-    ask.add_argument("--set", nargs="+", default=[], metavar="key=value", dest="overrides", help="config overrides")
+    ask.add_argument("--set", nargs="+", default=[], metavar="key=value", help="the same as key=value without it")
+    text = "a line of JSON a question: answer, frames, tokens and cost"
+    ask.add_argument("--json", action="store_true", help=text)
+    text = "write nothing to stderr but errors, and that no option fits"
+    ask.add_argument("--quiet", "-q", action="store_true", help=text)
     text = "write why these frames: scores over time and thumbnails, as one HTML file"
     ask.add_argument("--explain", metavar="FILE", help=text)
     ask.set_defaults(run=_ask)
@@ -206,29 +217,52 @@ def _evaluate(options: argparse.Namespace) -> int | None:
 
 
 def _ask(options: argparse.Namespace) -> None:
+    from xcomp.ask import as_json, check_options, in_words, split_words, toy
+
+    asked, options.overrides = split_words(options.words, options.question)
+    options.overrides += options.set
+    check_options(options.options)
     config = _load(options)
     from xcomp.video import Video
 
     Video(options.video, reader=config.sampling.reader).close()  # before a large model is loaded for nothing
     from xcomp.model import VideoQA
 
+    say = (lambda line: None) if options.quiet else _say
     model, told = VideoQA.from_config(config).eval(), []
+    if name := toy(config):
+        say(f"'{name}' is a toy, trained on generated videos: of a real one its answers mean nothing; see --config")
     with model.open(options.video) as video:
-        for question in _questions(options.question):
+        for question in _questions(asked):
             try:
-                answer = _answer(model, video, question, options.options)
-                if options.explain is not None:
-                    from xcomp.compare.explain import of_answer
-
-                    told.append(of_answer(options.video, question, config.selector, answer, config.sampling.reader))
+                answer = _answer(model, video, question, options.options, stream=not options.json)
             except ValueError as error:
-                if options.question is not None:
+                if asked is not None:
                     raise
-                print(f"xcomp: error: {' '.join(str(error).split())}", file=sys.stderr)  # the next may do
+                line = " ".join(str(error).split())
+                _say(f"error: {line}")  # the next may do
+                if options.json:
+                    print(json.dumps({"question": question, "error": line}), flush=True)
+                continue
+            if options.json:
+                line = as_json(question, options.options, answer, config, options.config, options.overrides)
+                print(json.dumps(line), flush=True)
+            if options.options and answer.choice is None:
+                _say(f"none of the options: the model wrote '{printable(answer.text)}'")
+            for line in [] if options.json else in_words(answer):
+                say(line)
+            if options.explain is not None:
+                from xcomp.compare.explain import of_answer
+
+                told.append(of_answer(options.video, question, config.selector, answer, config.sampling.reader))
     if options.explain is not None:
         from xcomp.compare.explain import write_page
 
         write_page(options.explain, options.video, told)
+
+
+def _say(line: str) -> None:
+    print(f"xcomp: {line}", file=sys.stderr, flush=True)
 
 
 def _questions(given: str | None) -> Iterator[str]:
@@ -236,7 +270,7 @@ def _questions(given: str | None) -> Iterator[str]:
     if given is not None:
         yield given
         return
-    prompt = "? " if sys.stdin.isatty() else ""
+    prompt = "? " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while line := _line(prompt):
         yield line
 
@@ -248,14 +282,18 @@ def _line(prompt: str) -> str:
         return ""
 
 
-def _answer(model: VideoQA, video: VideoInFlight, question: str, options: Sequence[str] | None) -> Answer:
+def _answer(
+    model: VideoQA, video: VideoInFlight, question: str, options: Sequence[str] | None, *, stream: bool
+) -> Answer:
+    """The answer; with ``stream`` it is printed, word by word where it can be, and of options the one chosen."""
     from transformers import TextStreamer
 
-    if not options and model.answerer.generation.num_beams == 1:  # words as they come
+    if stream and not options and model.answerer.generation.num_beams == 1:
         streamer = TextStreamer(model.backbone.tokenizer, skip_special_tokens=True)
         return model.ask(video, question, streamer=streamer)
     answer = model.ask(video, question, options)
-    print(answer.text if answer.choice is None else options[answer.choice], flush=True)
+    if stream and not (options and answer.choice is None):
+        print(answer.text if answer.choice is None else options[answer.choice], flush=True)
     return answer
 
 
