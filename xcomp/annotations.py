@@ -129,7 +129,8 @@ def _parquet(who: str, path: Path) -> list[Record]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(str(path)).to_pylist()
+        with path.open("rb") as file:
+            return pyarrow.parquet.read_table(file).to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{who}: annotations '{path}' are not parquet: {error}") from error
 

@@ -152,6 +152,7 @@ class Arm:
     compressor: Any = None
     selector: Any = None
     frames: Any = None  # a number, or a list: one arm each
+    published: dict[str, float] = field(default_factory=dict)  # what a paper says of this arm; shown beside ours
 
 
 @dataclass
@@ -181,6 +182,8 @@ class RunConfig:
     arms: list[Arm] = field(default_factory=list)
     tune: Tune = field(default_factory=Tune)
     trainer: dict[str, Any] = field(default_factory=dict)  # passed to lightning.Trainer
+    shapes: str | None = None  # forecasts count this architecture (a config.json) where a checkpoint is not here
+    published: dict[str, dict[str, float]] = field(default_factory=dict)  # rows of a paper's table that are no arms
     # (path of keys, text) of what was an interpolation in the file; no key of one
     _interpolations: list[Any] = field(default_factory=list, repr=False, compare=False)
 

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -48,6 +49,8 @@ FREE_KEYS = {
     "evaluate": ("arms", "allow_missing", "batch_size", "export_frames", "trainer", "decoding", "memory", "tune")
     + REPORT_KEYS,
 }
+# What no command computes with.
+NOTES = re.compile(r"(shapes|(arms\[\d+\]\.)?published)\b")
 _LAUNCHER = "XCOMP_LAUNCHER"
 # Of the Trainer: the others cast whole models, and with them what must stay exact.
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
@@ -214,6 +217,8 @@ def _check_same(path: Path, command: str, config: dict[str, Any]) -> None:
 
 
 def _is_free(key: str, command: str) -> bool:
+    if NOTES.match(key):
+        return True
     free = ("output", *FREE_KEYS.get(command, ()))
     if command in ("compare", "evaluate") and key.rpartition(".")[2] in FREE_OPTIONS:
         return True

@@ -82,6 +82,8 @@ def test_foreign_files_are_refused(tmp_path):
     path = write_json(tmp_path / "videomme.json", [VIDEOMME])
     with pytest.raises(ValueError, match=r"videomme\.json' must be a file ending in \.parquet"):
         xcomp.load_benchmark("videomme", annotations=path, videos=".").questions()
+    with pytest.raises(ValueError, match=r"no\.parquet' cannot be read: No such file"):
+        xcomp.load_benchmark("videomme", annotations=str(tmp_path / "no.parquet"), videos=".").questions()
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match=r"x\.parquet' are not parquet"):
         xcomp.load_benchmark("videomme", annotations=str(tmp_path / "x.parquet"), videos=".").questions()

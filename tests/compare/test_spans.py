@@ -205,7 +205,7 @@ def test_without_any_video_there_is_no_run(make, tmp_path, capsys):
 
 def test_a_dry_run_says_what_a_run_would_do(make, video, tmp_path, capsys):
     path = make((video, None), (tmp_path / "no.mp4", None))
-    assert main(["evaluate", str(path), "--dry-run"]) == 0
+    assert main(["evaluate", str(path), "--dry-run"]) == 1  # a run would not begin
     said = capsys.readouterr().out
     assert f"missing: {tmp_path / 'no.mp4'}" in said and "allow_missing: true goes on without them" in said
     assert main(["evaluate", str(path), "--dry-run", "allow_missing=true"]) == 0

@@ -18,7 +18,7 @@ COMPUTING = ("device", "dtype", "attn_implementation")
 class ResolvedArm:
     """One arm with nothing left to default. ``group`` is its name without the frame budget.
 
-    ``written`` holds its parts with interpolations as the file writes them.
+    ``published`` is what a paper says of it; ``written`` holds its parts with interpolations as the file writes them.
     """
 
     name: str
@@ -27,13 +27,15 @@ class ResolvedArm:
     compressor: Any
     selector: Any
     frames: int | None
+    published: dict[str, float] = field(default_factory=dict, compare=False)
     written: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def description(self) -> dict[str, Any]:
         """As run.json lists it."""
         shown = {key: getattr(self, key) for key in ("name", "group", *PARTS, "frames")} | self.written
-        return {**shown, "checkpoint": _options(shown["backbone"]).get("checkpoint")}
+        published = {"published": self.published} if self.published else {}
+        return {**shown, "checkpoint": _options(shown["backbone"]).get("checkpoint"), **published}
 
     def config(self, run: RunConfig) -> RunConfig:
         """The run's configuration with this arm's parts."""
@@ -63,7 +65,10 @@ def resolve_arms(config: RunConfig) -> list[ResolvedArm]:
         budgets = frame_budgets(config.frames if own.get("frames") is None else own["frames"], where)
         for frames in budgets:
             name = f"{group}, {frames} frames" if len(budgets) > 1 else group
-            resolved.append(ResolvedArm(name, group, **parts, frames=frames, written=parts_written))
+            published = own.get("published") or {}
+            resolved.append(
+                ResolvedArm(name, group, **parts, frames=frames, published=published, written=parts_written)
+            )
     _check_names([arm.name for arm in resolved])
     return resolved
 

@@ -25,6 +25,7 @@ from xcomp.backbone import Backbone, ShownVideo
 from xcomp.benchmark import Benchmark, Question, multiple_choice_prompt
 from xcomp.compare.arms import ResolvedArm, resolve_arms
 from xcomp.compare.records import read_records
+from xcomp.compare.stand_in import missing_weights, stand_in
 from xcomp.compressor import Chain, Compressor, defines
 from xcomp.config import ConfigError, RunConfig, build_component, split_component
 from xcomp.contract import ContractError, name_of
@@ -187,16 +188,23 @@ def nominal_video(config: RunConfig, seconds: float, fps: float = 30.0) -> Video
 
 
 class _Arms:
-    """The arms of a run as far as they can be built without weights; what cannot is a note."""
+    """The arms of a run as far as they can be built without weights; what cannot is a note.
+
+    ``absent``: arms whose weights are not here, and why; they are counted where ``shapes`` says what they would be.
+    """
 
     def __init__(self, config: RunConfig, arms: Sequence[ResolvedArm], benchmark: Benchmark | None = None):
         generation = config.generation if benchmark is None else config.generation.limited(benchmark.max_new_tokens)
         self.answerers: dict[str, Answerer] = {}
         self.problems: dict[str, str] = {}
+        self.absent = {arm.name: why for arm in arms if (why := missing_weights(arm.backbone)) is not None}
+        self.shapes = config.shapes
         self._known: dict[str, Any] = {}  # what was built, or why it could not be
         for arm in arms:
             try:
-                backbone = self._build("backbone", arm.backbone, skeleton, config.plugins)
+                assumed = arm.name in self.absent and config.shapes is not None
+                make = partial(stand_in, shapes=config.shapes) if assumed else skeleton
+                backbone = self._build("backbone", arm.backbone, make, config.plugins)
                 parts = [
                     self._build(kind, getattr(arm, kind), partial(build_component, kind), config.plugins)
                     for kind in ("compressor", "selector")
@@ -221,6 +229,9 @@ class _Arms:
         for name, answerer in self.answerers.items():
             try:
                 found[name] = question_cost(answerer, name, info, query)
+                if name in self.absent:
+                    assumed = f"counted with the shapes of '{self.shapes}', its text by the number of letters"
+                    found[name].notes.append(f"{self.absent[name]}; {assumed}")
             except ValueError as error:
                 found[name] = QuestionCost(name, notes=[str(error)])
         return found | {name: QuestionCost(name, notes=[reason]) for name, reason in self.problems.items()}
@@ -302,7 +313,7 @@ def print_table_e() -> None:
 
 
 def dry_run(config: RunConfig) -> bool:
-    """``--dry-run``: what there is and what it will take; whether every arm could be set up.
+    """``--dry-run``: what there is and what it will take; whether a run could begin: weights, annotations, videos.
 
     Asks nothing, and writes nothing into the run folder.
     """
@@ -334,7 +345,25 @@ def dry_run(config: RunConfig) -> bool:
     _print_notes(console, costs.values())
     _print_memory(config, costs, info, console)
     _print_time(config, arms, questions, found, costs, decode_seconds, console)
-    return not impossible
+    _print_published(arms, config.published, console)
+    lacking = not found if config.allow_missing else any(q.video not in here for q in questions)
+    ready = not (impossible or known.absent or problem or lacking)
+    if not ready:
+        console.print("not ready: what is missing stands above", markup=False)
+    return ready
+
+
+def _print_published(arms: Sequence[ResolvedArm], others: Mapping[str, Mapping[str, float]], console: Console) -> None:
+    """The paper's numbers, of arms and of rows that are none."""
+    rows = {**{arm.name: arm.published for arm in arms if arm.published}, **others}
+    if rows:
+        names = list(dict.fromkeys(name for row in rows.values() for name in row))
+        table = Table("published", box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in names:
+            table.add_column(Text(name), justify="right")
+        for row, numbers in rows.items():
+            table.add_row(Text(row), *(f"{numbers[name]:g}" if name in numbers else "" for name in names))
+        console.print(table)
 
 
 def _questions(benchmark: Any, limit: int | None) -> tuple[list[Question], str | None]:
