@@ -25,6 +25,7 @@ from xcomp.decoding import VideoInfo
 from xcomp.inflight import VideoInFlight
 from xcomp.ledger import Share, Work
 from xcomp.pixels import PixelFormat
+from xcomp.prompts import ids_behind
 from xcomp.selector import Candidates, FrameQuery, FrameSelector, Picker
 from xcomp.video import VideoError
 from xcomp.visual import VisualTokens
@@ -56,6 +57,17 @@ class Choice:
     frames: tuple[int, ...]
     scores: tuple[float | None, ...] | None = None
     work: Work | None = None
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How likely a model is to answer a question with a given text: the sum of its tokens' log-probabilities, their
+    number, and whether greedy search would begin its answer with it."""
+
+    text: str
+    logprob: float
+    num_tokens: int
+    greedy: bool
 
 
 @dataclass
@@ -252,6 +264,47 @@ class Answerer:
             video.release_states()
             video.advance()
         return outcomes
+
+    @torch.no_grad()
+    def score(
+        self, video: VideoInFlight, queries: Sequence[Query], continuations: Sequence[Sequence[str]]
+    ) -> list[list[Continuation] | Refused]:
+        """How likely each of a question's ``continuations`` is as its answer, ``batch_size`` of them at once; what
+        cannot be read or asked is that question's outcome. The frames are those that ``answer`` would choose."""
+        try:
+            choices = self.choose(video, queries)
+        except (VideoError, QuestionError) as error:
+            if isinstance(error, VideoError) or len(queries) == 1:
+                return [error] * len(queries)
+            return [self.score(video, [query], [texts])[0] for query, texts in zip(queries, continuations)]
+        outcomes: list[list[Continuation] | Refused] = []
+        for query, choice, texts in zip(queries, choices, continuations, strict=True):
+            try:
+                outcomes.append(self._score_texts(video, query, choice, texts))
+            except (VideoError, QuestionError) as error:
+                outcomes.append(error)
+        video.release_states()
+        video.advance()
+        return outcomes
+
+    def _score_texts(
+        self, video: VideoInFlight, query: Query, choice: Choice, texts: Sequence[str]
+    ) -> list[Continuation]:
+        shown = _shown(video.info, video.times(choice.frames))
+        prompt = self._prompt(query, shown)
+        tokenizer = self.backbone.tokenizer
+        header = tokenizer.decode(prompt.header_ids)
+        ids = [ids_behind(tokenizer, text, header) for text in texts]
+        for text, tokens in zip(texts, ids):
+            if not tokens:
+                raise QuestionError(f"the continuation {text!r} has no token to score")
+        with video.ledger.work("answer"):
+            state, _ = self._prefilled(video, choice.frames, [prompt])
+            found = []
+            for start in range(0, len(ids), self.batch_size):
+                batch = ids[start : start + self.batch_size]
+                found += self.decoder.score(state.repeat(len(batch)), batch)
+        return [Continuation(text, float(s.sum()), len(s), greedy) for text, (s, greedy) in zip(texts, found)]
 
     def _batch(
         self, video: VideoInFlight, queries: list[Query], choices: list[Choice], streamer: BaseStreamer | None

@@ -252,6 +252,28 @@ class Decoder:
         """
         return generate(self, state, **options)
 
+    @torch.no_grad()
+    def score(self, state: State, continuations: Sequence[Ids]) -> list[tuple[Tensor, bool]]:
+        """For each sample of a state whose prompt has been run: the log-probability of every token of a given
+        continuation, (n,) float32 on the CPU, and whether greedy search would write just that.
+
+        The tokens are run one by one, as an answer's are, so a compressor that looks on while answers are written does.
+        The state grows with them.
+        """
+        ids = [_ids(i) for i in continuations]
+        if len(ids) != len(state.logits) or not all(map(len, ids)):
+            raise ValueError(f"{len(state.logits)} samples take as many continuations of at least one token")
+        padded = pad_sequence(ids, batch_first=True).to(self.backbone.device)
+        found, best = [], []
+        for step in range(padded.shape[1]):
+            if step:
+                self.decode(state, padded[:, step - 1])
+            logits = state.logits.float()
+            found.append(logits.log_softmax(-1).gather(1, padded[:, step, None])[:, 0])
+            best.append(logits.argmax(-1) == padded[:, step])
+        scores, greedy = torch.stack(found, 1).cpu(), torch.stack(best, 1).cpu()
+        return [(scores[row, : len(i)], bool(greedy[row, : len(i)].all())) for row, i in enumerate(ids)]
+
     def plan(self, tokens_per_frame: int) -> list[tuple[int, ...]] | None:
         """The slots of a frame that each layer keeps, checked; None where it depends on the data."""
         plan = self.compressor.plan(self.backbone.num_layers, tokens_per_frame)

@@ -109,6 +109,12 @@ def _id_of(tokenizer: Any, token: str) -> int | None:
     return None if found == tokenizer.unk_token_id else found
 
 
+def ids_behind(tokenizer: Any, text: str, behind: str) -> list[int]:
+    """Ids of a text as it reads behind another: a tokenizer may write a text's first word differently."""
+    whole, start, alone = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (behind + text, behind, text))
+    return whole[len(start) :] if whole[: len(start)] == start else alone  # where a token reaches over both
+
+
 class Chat:
     """Prompts of one format in a tokenizer's ids."""
 
@@ -130,9 +136,4 @@ class Chat:
         return self._ids(self.format.again + question + self.format.after, self.tokenizer.eos_token or "")
 
     def _ids(self, text: str, behind: str) -> Tensor:
-        """Ids of a text as it reads behind another: a tokenizer may write a text's first word differently."""
-        whole, start, alone = (
-            self.tokenizer(t, add_special_tokens=False).input_ids for t in (behind + text, behind, text)
-        )
-        ids = whole[len(start) :] if whole[: len(start)] == start else alone  # where a token reaches over both
-        return torch.tensor(ids, dtype=torch.long)
+        return torch.tensor(ids_behind(self.tokenizer, text, behind), dtype=torch.long)
