@@ -12,7 +12,9 @@ from torch.nn import Linear
 from tuning_runs import checkpoints, logged, same, tuning_config
 
 import xcomp
-from xcomp.config import ConfigError, Tune, parse_config
+from xcomp.config import ConfigError, Tune, load_config, parse_config
+from xcomp.data.module import Sample
+from xcomp.data.records import TokenisedConversation
 from xcomp.tiny import tiny_backbone
 from xcomp.tuning import tune
 
@@ -187,3 +189,45 @@ def test_the_best_needs_a_validation_and_checkpoints(make):
         run(make("run", export="best"))
     with pytest.raises(ConfigError, match="tune.export is best, but trainer.enable_checkpointing is false"):
         run(make("run", {"trainer": {"enable_checkpointing": False}}, export="best", validation=True))
+
+
+# --- what the released training does ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frames, quirks, learns", [(510, True, True), (512, True, False), (512, False, True)])
+def test_long_videos_may_teach_the_language_model_alone(frames, quirks, learns):
+    quirks = ["no_vision_gradient_from_512_frames"] if quirks else []
+    options = Tune(train=["llm", "projector"], quirks=quirks)
+    model = xcomp.VideoQA(tiny_backbone(tokens_per_frame=4), xcomp.load_compressor("lp_comp"), tune=options)
+    model.freeze_untrained()
+    pixels = torch.randint(0, 256, (frames, 3, 2, 2), dtype=torch.uint8)
+    prefix, suffix = torch.tensor([1, 2]), torch.tensor([3, 4, 5, 0])
+    sample = Sample(pixels, TokenisedConversation(prefix, suffix, torch.tensor([-100, -100, 5, 0])))
+    model.training_step([sample], 0).backward()
+    assert (model.backbone.projector.weight.grad is not None) == learns
+    assert model.backbone.language_model.embed_tokens.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        ({"quirks": ["no_gradients"]}, "tune.quirks names 'no_gradients'; did you mean 'no_vision_gradient"),
+        (
+            {"quirks": ["no_vision_gradient_from_512_frames"], "train": ["projector"]},
+            "leave nothing to learn without 'llm' in tune.train",
+        ),
+    ],
+)
+def test_quirks_are_named_and_leave_something_to_learn(options, line):
+    with pytest.raises(ConfigError, match=line):
+        parse_config({"tune": options}, "x")
+
+
+def test_the_papers_settings_are_those_of_its_table():
+    config = load_config("videochat_flash_2b/tune")
+    tune, sampling = config.tune, config.sampling
+    assert tune.train == ["llm"] and (tune.learning_rate, tune.weight_decay, tune.warmup_ratio) == (1e-5, 0, 0.03)
+    assert tune.schedule == "cosine" and tune.num_workers == 1 and config.backbone["clip_frames"] == 8
+    assert (sampling.rate, sampling.min_frames, sampling.max_frames) == (8, 128, 1024)
+    assert len(sampling.candidates(60, 30.0)) == 56  # of a video of 60 frames whole eights, none of them twice
+    assert tune.steps * tune.batch_size * config.trainer["accumulate_grad_batches"] == 71_904  # of 71,927

@@ -227,8 +227,11 @@ def _ask(options: argparse.Namespace) -> None:
 
     Video(options.video, reader=config.sampling.reader).close()  # before a large model is loaded for nothing
     from xcomp.model import VideoQA
+    from xcomp.recorded import resolved_compressor, tell_others
 
     say = (lambda line: None) if options.quiet else _say
+    compressor = resolved_compressor(config.compressor, config.backbone, "the run")
+    tell_others([("this question", config.backbone, compressor)], config.plugins)
     model, told = VideoQA.from_config(config).eval(), []
     if name := toy(config):
         say(f"'{name}' is a toy, trained on generated videos: of a real one its answers mean nothing; see --config")

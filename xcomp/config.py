@@ -30,6 +30,8 @@ from xcomp.shipped import built_in
 TRAINABLE = ("llm", "projector", "vision", "compressor")
 DTYPES = ("float32", "bfloat16", "float16")
 EXPORTS = ("last", "best")
+# no_vision_gradient_from_512_frames: vision tower and projector learn nothing from a batch of 512 frames or more.
+QUIRKS = ("no_vision_gradient_from_512_frames",)
 # Schedules of the learning rate, after a warm-up, as transformers calls them.
 LR_SCHEDULES = {
     "cosine": "cosine",
@@ -132,6 +134,9 @@ class Tune:
     # {name: EarlyStopping, monitor: validation/loss}: one of lightning.pytorch.callbacks, or module:Class
     callbacks: list[Any] = field(default_factory=list)
     # How it is trained.
+    quirks: list[str] = field(
+        default_factory=list
+    )  # what the released training does and the paper does not say: QUIRKS
     learning_rates: dict[str, float] = field(default_factory=dict)  # part → rate, where it is not learning_rate
     schedule: str = (
         "cosine"  # of the learning rate, after the warm-up: cosine, linear (both to 0), constant, inverse_sqrt
@@ -514,6 +519,11 @@ def _training_rules(t: Tune) -> list[tuple[bool, str]]:
                 f"{', '.join(t.train)}",
             )
             for part in t.learning_rates
+        ),
+        *((q in QUIRKS, f"tune.quirks names '{q}';{nearest(q, QUIRKS)} quirks: {', '.join(QUIRKS)}") for q in t.quirks),
+        (
+            not t.quirks or "llm" in t.train,
+            f"tune.quirks {t.quirks} leave nothing to learn without 'llm' in tune.train",
         ),
         *((rate > 0, f"tune.learning_rates.{k} is {rate}; it must be above 0") for k, rate in t.learning_rates.items()),
     ]

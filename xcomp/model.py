@@ -43,6 +43,7 @@ from xcomp.decoder import Decoder
 from xcomp.decoding import DecodingPool
 from xcomp.inflight import VideoInFlight
 from xcomp.ledger import shares
+from xcomp.recorded import resolved_compressor
 from xcomp.scoring import judge
 from xcomp.selector import FrameSelector
 from xcomp.sharding import is_sharded, shard
@@ -118,7 +119,9 @@ class VideoQA(L.LightningModule):
         """The model that a run's configuration names; ``backbone`` in place of building its own."""
         if isinstance(config.frames, (list, tuple)):
             raise ConfigError(f"frames is {config.frames}; several budgets are for a comparison, here it must be one")
-        parts = [build_component(k, getattr(config, k), config.plugins) for k in ("compressor", "selector")]
+        compressor = resolved_compressor(config.compressor, config.backbone, "the run")
+        nodes = {"compressor": compressor, "selector": config.selector}
+        parts = [build_component(kind, node, config.plugins) for kind, node in nodes.items()]
         backbone = backbone or build_component("backbone", config.backbone, config.plugins)
         benchmark = config.benchmark and build_component("benchmark", config.benchmark, config.plugins)
         return cls(
@@ -224,7 +227,8 @@ class VideoQA(L.LightningModule):
 
     def _loss(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy over the answer tokens of a batch, and the share of them that is predicted right."""
-        tokens = self._encode([s.pixels for s in batch])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._vision_is_blind(batch)):
+            tokens = self._encode([s.pixels for s in batch])
         first = [int((s.text.labels != IGNORED).nonzero()[0]) for s in batch]
         # The token before a label predicts it, so the last one need not be run.
         suffixes = [s.text.suffix_ids[:-1] for s in batch]
@@ -238,6 +242,11 @@ class VideoQA(L.LightningModule):
         labels = torch.cat([s.text.labels[f:] for s, f in zip(batch, first)]).to(logits.device)
         right = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean()
         return cross_entropy(logits.float(), labels, ignore_index=IGNORED), right
+
+    def _vision_is_blind(self, batch: list[Sample]) -> bool:
+        """Whether, as in the released training, a long video teaches the language model alone."""
+        quirk = "no_vision_gradient_from_512_frames" in self.tune.quirks
+        return quirk and sum(sample.size(self.backbone)[1] for sample in batch) >= 512
 
     def training_step(self, batch: list[Sample], batch_idx: int) -> Tensor:
         loss, right = self._loss(batch)

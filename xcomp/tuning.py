@@ -23,6 +23,7 @@ from xcomp.config import ConfigError, RunConfig, Tune
 from xcomp.contract import check_methods
 from xcomp.data.module import ConversationData
 from xcomp.model import VideoQA
+from xcomp.recorded import write_record
 from xcomp.resuming import Resume, StopAtStep, best_checkpoint, clear_leftovers, newest_checkpoint
 from xcomp.run import check_run, hold_run, note_run, open_run
 from xcomp.sharding import check_sharded, gathered, is_sharded
@@ -86,7 +87,7 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
         if config.tune.export == "best":
             _take_best(model, folder)
         if trainer.is_global_zero:
-            _save_model(model, folder / "model", config.tune.save_dtype)
+            _save_model(model, config, trainer.global_step)
             ended = {"ended": trainer.global_step} if trainer.global_step < config.tune.steps else {}
             note_run(folder, tuned={name: getattr(config.tune, name) for name in SAVED} | ended)
     trainer.strategy.barrier()
@@ -104,11 +105,14 @@ def _take_best(model: VideoQA, folder: Path) -> None:
             parameter.copy_(state[name])
 
 
-def _save_model(model: VideoQA, folder: Path, dtype: str | None) -> None:
+def _save_model(model: VideoQA, config: RunConfig, step: int) -> None:
+    folder, dtype = config.folder / "model", config.tune.save_dtype
+    tuned = {"run": config.name, "steps": step, "train": config.tune.train, "seed": config.seed}
     try:
         with whole_folder(folder) as fresh:
             model.backbone.save_pretrained(str(fresh), dtype=dtype)
             save_compressor(model.compressor, fresh)
+            write_record(fresh, model.compressor, **tuned)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from xcomp.config import ConfigError, RunConfig, check_component, component_parts, frame_budgets, split_component
+from xcomp.recorded import resolved_compressor
 from xcomp.registry import load_class
 
 PARTS = ("backbone", "compressor", "selector")
@@ -54,6 +55,8 @@ def resolve_arms(config: RunConfig) -> list[ResolvedArm]:
         options = load_class("backbone", split_component("backbone", backbone)[0], config.plugins).Config
         computing = {f.name for f in fields(options)} & set(COMPUTING)
         parts, parts_written = _parts(run, own, computing), _parts(written, own_written, computing)
+        if (found := resolved_compressor(parts["compressor"], parts["backbone"], where)) != parts["compressor"]:
+            parts["compressor"] = parts_written["compressor"] = found
         for kind, node in parts.items():
             check_component(kind, node, config.plugins)
         names = [

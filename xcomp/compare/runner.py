@@ -51,6 +51,7 @@ from xcomp.ledger import shares
 from xcomp.memory import PeakMemory
 from xcomp.messages import nearest, printable
 from xcomp.model import check_sampling
+from xcomp.recorded import tell_others
 from xcomp.registry import configure
 from xcomp.run import check_run, hold_run, make_trainer, open_run
 from xcomp.scoring import list_missing, missing_videos, query_of, read_questions
@@ -73,6 +74,7 @@ def compare(config: RunConfig, kind: str = "compare") -> Path:
     if config.benchmark is None:
         raise ConfigError("no benchmark; name one, e.g. benchmark: needle")
     arms = resolve_arms(config)
+    tell_others([(arm.name, arm.backbone, arm.compressor) for arm in arms], config.plugins)
     benchmark = build_component("benchmark", config.benchmark, config.plugins)
     check_methods("benchmark", benchmark, "questions")
     _check_report(config, arms)
