@@ -97,6 +97,11 @@ def multiple_choice_prompt(question: str, options: tuple[str, ...] | list[str]) 
     return "\n".join([*lines, "Answer with the option's letter from the given choices directly."])
 
 
+def words_prompt(question: str, options: tuple[str, ...] | list[str]) -> str:
+    """The question and the options in words, for models that answer with one of them."""
+    return f"{question}\n{', '.join(options[:-1])} or {options[-1]}"
+
+
 # --- open questions ---------------------------------------------------------------------------------------------------
 
 

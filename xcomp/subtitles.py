@@ -98,13 +98,13 @@ def _times(line: str, number: int) -> tuple[float, float]:
     found = _TIMING.fullmatch(line)
     if not found:
         raise ValueError(f"line {number + 1}: {line.strip()!r:.60} is no pair of times")
-    start, end = (_seconds(time) for time in found.groups())
+    start, end = (seconds(time) for time in found.groups())
     if end < start:
         raise ValueError(f"line {number + 1}: {line.strip()!r:.60} ends before it begins")
     return start, end
 
 
-def _seconds(time: str) -> float:
+def seconds(time: str) -> float:
     """ "H:M:S.s", "M:S,s" or "S" in seconds."""
     parts = time.strip().replace(",", ".").split(":")
     if (
@@ -152,7 +152,7 @@ def _json_cue(cue: Any, whole_ends: bool) -> Cue:
         end = float(end) if timed else math.inf
     else:
         text = cue["line"]
-        start, end = (float(t) if _is_number(t) else _seconds(str(t)) for t in (cue["start"], cue["end"]))
+        start, end = (float(t) if _is_number(t) else seconds(str(t)) for t in (cue["start"], cue["end"]))
     if not isinstance(text, str):
         raise ValueError(f"its text is {text!r:.40}")
     if end < start:

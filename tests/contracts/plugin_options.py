@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,4 +64,12 @@ def selector_options(name: str, folder: Path) -> dict[str, Any]:
 def benchmark_options(name: str, folder: Path) -> dict[str, Any]:
     if name in ("lvbench", "longvideobench", "mlvu", "videomme"):
         return made_annotations.make(name, folder)
+    if name == "questions":
+        asked = [
+            {"video": "a.mp4", "question": "What is it?", "options": ["a cup", "a key"], "answer": 1, "part": "one"},
+            {"video": "a.mp4", "question": "Who?", "answer": ["Ann", "Anna"], "start": 1, "end": 2, "part": "two"},
+        ]
+        (folder / "a.mp4").touch()
+        (folder / "questions.jsonl").write_text("".join(f"{json.dumps(question)}\n" for question in asked))
+        return {"file": str(folder / "questions.jsonl"), "labels": ["part"]}
     return {"num_videos": 3, "seconds": 4.0, "size": 32, "root": str(folder)} if name == "needle" else {}

@@ -29,7 +29,7 @@ from typing import Any
 import av
 import numpy as np
 
-from xcomp.benchmark import LETTERS, Benchmark, Question, parse_option
+from xcomp.benchmark import LETTERS, Benchmark, Question, parse_option, words_prompt
 from xcomp.parsing import parse_words
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -523,7 +523,7 @@ class Needle(Benchmark):
     def prompt(self, question: Question) -> str:
         if self.config.answers == "letter":
             return super().prompt(question)
-        return f"{question.question}\n{', '.join(question.options[:-1])} or {question.options[-1]}"
+        return words_prompt(question.question, question.options)
 
     def parse(self, text: str, question: Question) -> int | None:
         """The option whose words are the answer; with letters, also the one whose letter it names."""
