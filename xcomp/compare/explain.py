@@ -1,170 +1,307 @@
 """Why these frames: for a question, the score of every candidate over time, and the frames shown as thumbnails.
 
-One picture an arm, drawn as SVG into the page itself: nothing is loaded from outside, and every text is escaped. The
-frames are read from the video file again; where it is gone, ticks stand alone.
+A :class:`Timeline` is one question's: a row for each choice of frames, which several arms may share. It is drawn by
+``templates/frames.html.j2``, in a run's report and in the page of ``xcomp ask --explain``. Thumbnails are read from the
+video file again; where it is gone, ticks stand alone.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import os
+import re
+import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from xcomp.answering import Answer
-from xcomp.compare.plots import COLOURS, EVENT, GRID, INK, MUTED, part_label, score_curve
+from xcomp.compare.charts import Tick, round_steps
+from xcomp.compare.plots import part_label, score_curve
 from xcomp.config import Decoding, Sampling
 from xcomp.decoding import DecodingPool
 from xcomp.pixels import PixelFormat
-from xcomp.run import write_atomically
+from xcomp.run import whole_file
 from xcomp.video import VideoError
 
 Record = Mapping[str, Any]
-WIDTH, THUMB, CURVE, MARGIN = 960, 76, 70, 12  # pixels
-MOST = 32  # thumbnails an arm; of more frames, so many are taken evenly
-LANES = 4  # rows of thumbnails
-
-CSS = """
-:root { color-scheme: light; --ink: #222; --muted: #666; --line: #ddd; --accent: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1000px; padding: 2.5rem 1.5rem 4rem; color: var(--ink); background: #fff;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
-h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 2.75rem 0 .5rem; padding-top: .9rem; border-top: 1px solid var(--line); }
-p { margin: .5rem 0; } .lead, .note { color: var(--muted); } .note { font-size: .875rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.25rem; margin: 1.25rem 0 0;
-  font-size: .9rem; } dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; border-bottom: 2px solid var(--ink); vertical-align: bottom; white-space: normal; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal;
-  overflow-wrap: anywhere; min-width: 9rem; }
-.text { white-space: normal; overflow-wrap: anywhere; }
-tbody tr:hover { background: #f6f8fa; } small { color: var(--muted); font-size: .8rem; }
-img { display: block; width: 100%; max-width: 900px; height: auto; margin: 1rem auto 0; }
-pre { background: #f6f8fa; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; line-height: 1.45; }
-code { font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, "Liberation Mono", monospace; }
-summary { cursor: pointer; color: var(--accent); }
-@media print { details > pre { white-space: pre-wrap; } h2 { break-after: avoid; } img, tr { break-inside: avoid; } }
-"""
+SHORTER, HEIGHT, WIDEST = 64, 60, 120  # pixels of a thumbnail: as stored, and as shown
+MOST = 32  # thumbnails a row; of more frames, so many are taken evenly
+LANE = 9.0  # per cent of the axis that a thumbnail is moved aside before it goes a lane down
+CURVE_POINTS = 400  # of longer score curves, the highest of each stretch
+NOMINAL = 800  # pixels of the narrowest axis below which thumbnails stand in lanes
 
 
-def explanation(rows: Sequence[tuple[str, Record]], reader: str = "auto", decoding: Decoding | None = None) -> str:
-    """HTML of one question: a heading, and for each (arm's name, record) its scores and frames. May be empty."""
-    rows = [(name, record) for name, record in rows if record.get("times")]
-    if not rows:
-        return ""
-    first = rows[0][1]
-    parts = [f"<h3>Question {escape(str(first.get('question_id')))}</h3>\n"]
-    if first.get("question"):
-        parts.append(f"<p>{escape(str(first['question']))}</p>\n")
-    pictures = thumbnails(first["video"], sorted({f for _, r in rows for f in shown_frames(r)}), reader, decoding)
-    end = float(first.get("duration") or 0) or max(max(record["times"]) for _, record in rows) or 1.0
-    for number, (name, record) in enumerate(rows):
-        told = f"{len(record['times'])} frames" + (f": {record['text']}" if record.get("text") else "")
-        parts.append(f"<p><b>{escape(name)}</b> <small>{escape(told)}</small></p>\n")
-        parts.append(_axis(record, end, pictures, COLOURS[number % len(COLOURS)]))
-    note = (
-        "Curve: score of every candidate frame, scaled to its own range; dots: candidates that were asked for alone. "
+@dataclass(frozen=True)
+class Picture:
+    """A thumbnail as a data URL, and its size as shown."""
+
+    url: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Thumb:
+    """Where a thumbnail stands: its frame's place and its own middle in per cent of the axis, and its lane."""
+
+    key: str
+    picture: Picture
+    frame: int
+    seconds: float
+    at: float
+    middle: float
+    lane: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """The frames that some arms showed. ``ticks``, ``curve`` and ``dots`` are SVG paths over 1000 × 100 units."""
+
+    names: tuple[str, ...]
+    num_frames: int
+    ticks: str
+    curve: str
+    dots: str
+    thumbs: tuple[Thumb, ...]
+    lanes: int
+    hits: int | None  # frames within the evidence, where that is known
+    colour: str
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One question's frames; ``events`` are (left, width) of the evidence and ``ticks`` times, all in per cent."""
+
+    rows: tuple[Row, ...]
+    events: tuple[tuple[float, float], ...]
+    ticks: tuple[Tick, ...]
+
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        """The thumbnails by key, each once."""
+        return {thumb.key: thumb.picture for row in self.rows for thumb in row.thumbs}
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A question that was just asked, its answer and its frames."""
+
+    question: str
+    text: str
+    timeline: Timeline | None
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """The project's page templates; everything put into them is escaped."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("xcomp.compare", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    note += "Ticks: frames shown; shaded: the evidence, where it is known. At most "
-    return "".join(parts) + f'<p class="note">{note}{MOST} thumbnails a row.</p>\n'
+    made.filters["breakable"] = _breakable
+    return made
 
 
-def of_answer(video: str, question: str, selector: Any, answer: Answer, reader: str = "auto") -> str:
-    """HTML of a question that was just answered."""
-    record = {
-        "video": video, "question_id": question, "text": answer.text, "frames": answer.frames, "times": answer.times,
-        "duration": answer.duration, "scores": answer.scores, "candidate_times": answer.candidate_times,
-    }  # fmt: skip
-    return explanation([(part_label(selector), record)], reader)
+def _breakable(name: str) -> Markup:
+    """An arm's name as HTML that may break between its parts."""
+    return Markup("<wbr>").join(Markup.escape(part) for part in re.split(r"(?<=[+@_/])", name))
 
 
-def write_page(path: str, video: str, questions: Sequence[str]) -> None:
+def render(template: str, **values: Any) -> str:
+    """A page; characters that UTF-8 has no form for (halves of surrogate pairs, from broken data) become "?"."""
+    text = environment().get_template(template).render(**values)
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def of_answer(video: str, question: str, selector: Any, answer: Answer, reader: str = "auto") -> Explained:
+    """A question that was just answered."""
+    names = ("text", "frames", "times", "duration", "scores", "candidate_times")
+    record = {"video": video, **{name: getattr(answer, name) for name in names}}
+    pictures = thumbnails({video: some(record["frames"], MOST)}, reader)
+    return Explained(question, answer.text, timeline([(part_label(selector), record)], pictures))
+
+
+def write_page(path: str, video: str, questions: Sequence[Explained]) -> None:
     """The page of ``xcomp ask --explain``, whole or not at all."""
-
-    write_atomically(Path(path), page(f"Frames of {Path(video).name}", "".join(questions), CSS))
-
-
-def page(title: str, body: str, style: str) -> str:
-    """A whole HTML document."""
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
-        f"<style>{style}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n{body}</body>\n</html>\n"
-    )
+    pictures = {key: p for told in questions if told.timeline for key, p in told.timeline.pictures.items()}
+    title = f"Frames of {Path(video).name}"
+    page = render("explain.html.j2", title=title, questions=questions, pictures=pictures, most=MOST)
+    with whole_file(Path(path)) as file:
+        file.write(page.encode())
 
 
-def shown_frames(record: Record) -> list[int]:
-    """The frame numbers of the thumbnails."""
-    frames = record["frames"]
-    if len(frames) <= MOST:
-        return list(frames)
-    return [frames[round(i)] for i in np.linspace(0, len(frames) - 1, MOST)]
+def some(items: Sequence[Any], most: int) -> list[Any]:
+    """At most ``most`` of the items, evenly, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i)] for i in np.linspace(0, len(items) - 1, most)]
+
+
+# --- thumbnails ---------------------------------------------------------------------------------------------------
 
 
 def thumbnails(
-    path: str, frames: Sequence[int], reader: str = "auto", decoding: Decoding | None = None
-) -> dict[int, str]:
-    """Frames as data URLs of small JPEGs, by number; none where the video cannot be read.
+    wanted: Mapping[str, Sequence[int]],
+    reader: str = "auto",
+    decoding: Decoding | None = None,
+    seconds: float = float("inf"),
+) -> dict[tuple[str, int], Picture]:
+    """Small JPEGs of frames of videos, by path and number; none of a video that is gone or cannot be read.
 
-    ``decoding`` as in a run: whatever the file does to whoever decodes it, the page is written.
+    ``decoding`` as in a run: whatever a file does to whoever decodes it, the page is written. No further video is begun
+    once ``seconds`` have passed.
     """
-    found = {}
-    try:
-        with DecodingPool(decoding or Decoding(workers=0), Sampling(reader=reader)) as pool:
-            pixels = pool.decode(path, list(frames), [PixelFormat(THUMB, shortest_edge=True)]).result()
-    except VideoError:
-        return {}
-    for number, frame in zip(frames, pixels.arrays[0]):
-        buffer = io.BytesIO()
-        Image.fromarray(frame.transpose(1, 2, 0)).save(buffer, format="JPEG", quality=80)
-        found[number] = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    there = {path: sorted(set(frames)) for path, frames in wanted.items() if frames and os.path.exists(path)}
+    found: dict[tuple[str, int], Picture] = {}
+    if not there:
+        return found
+    decoding = decoding or Decoding(workers=0)
+    limits = replace(decoding, seconds=min(decoding.seconds, max(1.0, seconds)))
+    started = time.monotonic()
+    with DecodingPool(limits, Sampling(reader=reader)) as pool:
+        for path, frames in there.items():
+            if time.monotonic() - started > seconds:
+                break
+            try:
+                pixels = pool.decode(path, frames, [PixelFormat(SHORTER, shortest_edge=True)]).result()
+            except VideoError:
+                continue
+            found |= {(path, number): _picture(frame) for number, frame in zip(frames, pixels.arrays[0])}
     return found
 
 
-def _axis(record: Record, end: float, pictures: Mapping[int, str], colour: str) -> str:
-    """One arm's time axis: evidence, scores, ticks, thumbnails in lanes below."""
+def _picture(frame: np.ndarray) -> Picture:
+    """(3, h, w) bytes as a JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame.transpose(1, 2, 0)).save(buffer, format="JPEG", quality=75)
+    height, width = frame.shape[1:]
+    scale = min(HEIGHT / height, WIDEST / width)
+    url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Picture(url, round(width * scale), round(height * scale))
 
-    def x(seconds: float) -> float:
-        return MARGIN + (WIDTH - 2 * MARGIN) * min(max(seconds / end, 0.0), 1.0)
 
-    base, parts = CURVE + 8, []
-    for start, stop in record.get("events") or []:
-        width = max(x(stop) - x(start), 2.0)
-        parts.append(f'<rect x="{x(start):.1f}" y="0" width="{width:.1f}" height="{base + 10}" fill="{EVENT}"/>')
-    parts.append(f'<line x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{base}" y2="{base}" stroke="{GRID}"/>')
-    curve = score_curve(record)
-    if curve is not None:
-        points = [(x(t), CURVE - (CURVE - 4) * v) for t, v in zip(*curve) if np.isfinite(v)]
-        if len(points) == len(curve[0]):
-            line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.2"/>')
-        else:
-            parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="1.8" fill="{colour}"/>' for a, b in points]
-    for seconds in record["times"]:
-        parts.append(f'<line x1="{x(seconds):.1f}" x2="{x(seconds):.1f}" y1="{base - 5}" y2="{base + 7}" '
-                     f'stroke="{colour}" stroke-width="1.4"/>')  # fmt: skip
-    free, lowest = [0.0] * LANES, base + 10
+# --- the time axis ------------------------------------------------------------------------------------------------
+
+
+def timeline(
+    records: Sequence[tuple[str, Record]],
+    pictures: Mapping[tuple[str, int], Picture],
+    most: int = MOST,
+    prefix: str = "f",
+    colours: Mapping[str, str] | None = None,
+) -> Timeline | None:
+    """The frames of one question's records, each with its arm's name; None if no record has any.
+
+    Arms that showed the same frames and scored them alike share a row. ``prefix`` of the thumbnails' keys tells videos
+    apart; ``colours`` are classes of the style sheet, by name.
+    """
+    merged: dict[tuple, list[tuple[str, Record]]] = defaultdict(list)
+    for name, record in records:
+        if record.get("times") and record.get("frames"):
+            merged[tuple(record["times"]), tuple(record.get("scores") or ())].append((name, record))
+    if not merged:
+        return None
+    shown = [rows[0][1] for rows in merged.values()]
+    end = float(shown[0].get("duration") or 0) or max(max(record["times"]) for record in shown) or 1.0
+    events = [event for record in shown for event in record.get("events") or []]
+    colours = colours or {}
+    rows = tuple(_row(rows, end, pictures, most, prefix, colours.get(rows[0][0], "c0")) for rows in merged.values())
+    return Timeline(rows, tuple(dict.fromkeys(_span(start, stop, end) for start, stop in events)), _time_ticks(end))
+
+
+def _at(seconds: float, end: float) -> float:
+    return min(max(100 * seconds / end, 0.0), 100.0)
+
+
+def _span(start: float, stop: float, end: float) -> tuple[float, float]:
+    """Left and width; a second in an hour would be thinner than a pixel."""
+    width = max(_at(stop, end) - _at(start, end), 0.4)
+    return round(min(_at(start, end), 100 - width), 2), round(width, 2)
+
+
+def _time_ticks(end: float) -> tuple[Tick, ...]:
+    unit, scale = ("min", 60) if end > 600 else ("s", 1)
+    steps = [step for step in round_steps(0, end / scale, 7) if step <= end / scale]
+    return tuple(Tick(round(_at(step * scale, end), 2), f"{step:g} {unit}") for step in steps)
+
+
+def _row(
+    records: Sequence[tuple[str, Record]],
+    end: float,
+    pictures: Mapping[tuple[str, int], Picture],
+    most: int,
+    prefix: str,
+    colour: str,
+) -> Row:
+    record = records[0][1]
+    ticks = "".join(f"M{10 * _at(t, end):.0f} 0V100" for t in record["times"])
+    curve, dots = _score_paths(record, end)
     times = dict(zip(record["frames"], record["times"]))
-    for frame in dict.fromkeys(f for f in shown_frames(record) if f in pictures):
-        wanted = min(max(x(times[frame]) - THUMB / 2, 0), WIDTH - THUMB)
-        lane = next((i for i, until in enumerate(free) if until <= wanted), min(range(LANES), key=lambda i: free[i]))
-        left = min(max(wanted, free[lane]), WIDTH - THUMB)
-        free[lane], top = left + THUMB + 2, base + 22 + lane * (THUMB + 14)
-        parts.append(f'<line x1="{x(times[frame]):.1f}" x2="{left + THUMB / 2:.1f}" y1="{base + 7}" y2="{top}" '
-                     f'stroke="{GRID}"/>')  # fmt: skip
-        parts.append(f'<image x="{left:.1f}" y="{top}" width="{THUMB}" height="{THUMB}" href="{pictures[frame]}">'
-                     f"<title>frame {frame}, {times[frame]:.1f} s</title></image>")  # fmt: skip
-        parts.append(f'<text x="{left + THUMB / 2:.1f}" y="{top + THUMB + 10}" font-size="9" text-anchor="middle" '
-                     f'fill="{MUTED}">{times[frame]:.1f} s</text>')  # fmt: skip
-        lowest = max(lowest, top + THUMB + 14)
-    parts.append(f'<text x="{WIDTH - MARGIN}" y="{base - 8}" font-size="9" text-anchor="end" fill="{INK}">'
-                 f"{end:.1f} s</text>")  # fmt: skip
-    head = f'<svg viewBox="0 0 {WIDTH} {lowest}" width="100%" role="img">'
-    return f"{head}\n{chr(10).join(parts)}\n</svg>\n"
+    frames = [f for f in dict.fromkeys(some(record["frames"], most)) if (record["video"], f) in pictures]
+    shown = [(frame, pictures[record["video"], frame], _at(times[frame], end)) for frame in frames]
+    places = _lanes([at for _, _, at in shown], [picture.width for _, picture, _ in shown])
+    thumbs = [
+        Thumb(f"{prefix}-{frame}", picture, frame, times[frame], round(at, 2), round(middle, 2), lane)
+        for (frame, picture, at), (middle, lane) in zip(shown, places)
+    ]
+    events = record.get("events") or []
+    hits = sum(any(start <= t <= stop for start, stop in events) for t in record["times"]) if events else None
+    names = tuple(name for name, _ in records)
+    used = max((thumb.lane + 1 for thumb in thumbs), default=0)
+    return Row(names, len(record["times"]), ticks, curve, dots, tuple(thumbs), used, hits, colour)
+
+
+def _lanes(wanted: Sequence[float], widths: Sequence[int]) -> list[tuple[float, int]]:
+    """Middle and lane of each thumbnail, in the order of time: near its frame, beside or below those before it."""
+    half = max((50 * (width + 4) / NOMINAL for width in widths), default=0.0)
+    capacity = max(1, int(50 / half)) if half else 1
+    lanes: list[list[float]] = []
+    chosen = []
+    for at in wanted:
+        at = min(max(at, half), 100 - half)
+
+        def cost(lane: int, at: float = at) -> float:
+            if lane == len(lanes):
+                return LANE * lane
+            full = len(lanes[lane]) >= capacity
+            return float("inf") if full else max(0.0, lanes[lane][-1] + 2 * half - at) + LANE * lane
+
+        lane = min(range(len(lanes) + 1), key=cost)
+        if lane == len(lanes):
+            lanes.append([])
+        lanes[lane].append(max([at, *(before + 2 * half for before in lanes[lane][-1:])]))
+        chosen.append((lane, len(lanes[lane]) - 1))
+    for middles in lanes:  # back from the right end
+        free = 100 - half
+        for place in reversed(range(len(middles))):
+            middles[place] = min(middles[place], free)
+            free = middles[place] - 2 * half
+    return [(lanes[lane][place], lane) for lane, place in chosen]
+
+
+def _score_paths(record: Record, end: float) -> tuple[str, str]:
+    """A line through the scores of all candidates, or dots where only some were asked for; empty without scores."""
+    found = score_curve(record)
+    if found is None:
+        return "", ""
+    whole = bool(np.isfinite(found[1]).all())
+    spots = [(10 * _at(t, end), 100 - 100 * v) for t, v in zip(*found) if np.isfinite(v)]
+    if len(spots) > CURVE_POINTS:  # the highest of each stretch: peaks are what frames are picked by
+        parts = np.array_split(np.arange(len(spots)), CURVE_POINTS)
+        spots = [spots[min(part, key=lambda i: spots[i][1])] for part in parts]
+    if whole:
+        return "M" + "L".join(f"{a:.0f} {b:.0f}" for a, b in spots), ""
+    return "", "".join(f"M{a:.0f} {b:.0f}h0" for a, b in spots)

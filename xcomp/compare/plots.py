@@ -1,4 +1,6 @@
-"""The report's three pictures, drawn without pyplot, so that nothing global is touched and no display is needed.
+"""Three pictures of a run as PNG files, for papers and READMEs.
+
+Drawn without pyplot, so that nothing global is touched and no display is needed.
 
 Colours are Okabe and Ito's (2008), which colour-blind readers can tell apart; lines differ in marker and dash as well.
 Figures are 9 inches wide: at the 900 pixels of a README column, 10 pt type is 14 pixels high.
@@ -16,42 +18,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from xcomp.compare.analysis import ArmSummary, Record
+from xcomp.compare.analysis import ArmSummary, Summary
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+METHOD = ("backbone", "compressor", "selector")  # what an arm's method is made of
 INK, MUTED, GRID, EVENT = "#222222", "#666666", "#E3E3E3", "#F3DE8A"
 MAX_ROWS = 12
 _DPI = 200
 
-
-@dataclass(frozen=True)
-class Legend:
-    """What an arm is made of, as text; ``frames`` is its budget, None where every frame is shown."""
-
-    name: str
-    group: str  # the name without the frame budget
-    backbone: str
-    compressor: str
-    selector: str
-    frames: int | None
-    checkpoint: str
-
-    @classmethod
-    def from_dict(cls, arm: Mapping[str, Any]) -> Legend:
-        """Reads an entry of ``arms`` in run.json; a part may be a name or a mapping with a name and options."""
-        parts = {key: part_label(arm.get(key)) for key in ("backbone", "compressor", "selector", "checkpoint")}
-        frames = arm.get("frames")
-        names = {"name": str(arm["name"]), "group": str(arm.get("group", arm["name"]))}
-        return cls(**names, frames=frames if isinstance(frames, int) else None, **parts)
-
-
-def legends(arms: Iterable[ArmSummary]) -> dict[str, Legend]:
-    """Of the arms that run.json describes, by name."""
-    return {arm.name: Legend.from_dict({**arm.description, "name": arm.name}) for arm in arms if arm.description}
+Record = Mapping[str, Any]
 
 
 def part_label(part: Any) -> str:
@@ -65,20 +44,20 @@ def part_label(part: Any) -> str:
     return f"{part.get('name') or 'none'}{f' ({options})' if options else ''}"
 
 
-def accuracy_plot(summaries: Sequence[ArmSummary], arms: Mapping[str, Legend]) -> Figure:
+def accuracy_plot(summary: Summary) -> Figure:
     """Accuracy against the number of frames, a line a method; with a single number of frames, a row an arm."""
-    lines = _lines(summaries, arms)
+    lines = _lines(summary.arms)
     if max(len(points) for points in lines.values()) == 1:
-        return _accuracy_rows(summaries)
+        return _accuracy_rows(summary.arms)
     figure, axes = _figure(height=4.4)
     budgets = sorted({frames for points in lines.values() for frames, _ in points})
     for index, (label, points) in enumerate(lines.items()):
         # Lines stand a little apart (together at most a sixth), so that error bars do not hide each other.
         shift = 1.17 ** ((index + 0.5) / len(lines) - 0.5)
-        x, values = [frames * shift for frames, _ in points], [summary for _, summary in points]
-        axes.errorbar(x, *_bars(values), label=_plain(label), **_style(index), capsize=3, elinewidth=1.2)
+        x, arms = [frames * shift for frames, _ in points], [arm for _, arm in points]
+        axes.errorbar(x, *_bars(arms), label=_plain(label), **_style(index), capsize=3, elinewidth=1.2)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(budgets, [_number(budget) for budget in budgets])
+    axes.set_xticks(budgets, [f"{budget:,.6g}" for budget in budgets])
     axes.minorticks_off()
     axes.set_xlabel("frames shown to the model")
     _percent_axis(axes, "y")
@@ -86,91 +65,94 @@ def accuracy_plot(summaries: Sequence[ArmSummary], arms: Mapping[str, Legend]) -
     return figure
 
 
-def _accuracy_rows(summaries: Sequence[ArmSummary]) -> Figure:
-    figure, axes = _figure(height=1.3 + 0.42 * len(summaries))
-    for row, summary in enumerate(summaries):
-        values, errors = _bars([summary])
+def _accuracy_rows(arms: Sequence[ArmSummary]) -> Figure:
+    figure, axes = _figure(height=1.3 + 0.42 * len(arms))
+    for row, arm in enumerate(arms):
+        values, errors = _bars([arm])
         axes.errorbar(values, [row], xerr=errors, **{**_style(0), "linestyle": "none"}, capsize=3, elinewidth=1.2)
-    axes.set_yticks(range(len(summaries)), [_plain(summary.name) for summary in summaries])
-    axes.set_ylim(len(summaries) - 0.5, -0.5)
+    axes.set_yticks(range(len(arms)), [_plain(arm.name) for arm in arms])
+    axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     _percent_axis(axes, "x")
     return figure
 
 
-def _lines(summaries: Sequence[ArmSummary], arms: Mapping[str, Legend]) -> dict[str, list[tuple[float, ArmSummary]]]:
-    """Points (frames, summary) of each group of arms: one method at several frame budgets."""
+def _lines(arms: Iterable[ArmSummary]) -> dict[str, list[tuple[float, ArmSummary]]]:
+    """Points (frames, arm) of each group of arms: one method at several frame budgets."""
     lines: dict[str, list[tuple[float, ArmSummary]]] = defaultdict(list)
-    for summary in summaries:
-        arm = arms.get(summary.name)
-        frames = arm.frames if arm and arm.frames else (summary.frames or 0)
+    everything = list(arms)
+    for arm in everything:
+        budget = arm.description.get("frames")
+        frames = budget if isinstance(budget, int) else arm.frames or 0
         if frames > 0:
-            lines[arm.group if arm else summary.name].append((frames, summary))
+            lines[arm.group].append((frames, arm))
     ordered = {label: sorted(points, key=lambda point: point[0]) for label, points in lines.items()}
-    return ordered or {summary.name: [(1, summary)] for summary in summaries}
+    return ordered or {arm.name: [(1, arm)] for arm in everything}
 
 
-def _bars(summaries: Sequence[ArmSummary]) -> tuple[list[float], list[list[float]]]:
-    """Values and distances down and up to the interval's ends."""
-    shares = [summary.accuracy for summary in summaries]
-    return [s.value for s in shares], [[s.value - s.low for s in shares], [s.high - s.value for s in shares]]
+def _bars(arms: Sequence[ArmSummary]) -> tuple[list[float], list[list[float]]]:
+    """Accuracies in per cent, and distances down and up to the interval's ends."""
+    shares = [arm.accuracy for arm in arms]
+    ends = [[100 * (s.value - s.low) for s in shares], [100 * (s.high - s.value) for s in shares]]
+    return [100 * s.value for s in shares], [[max(0.0, end) for end in side] for side in ends]
 
 
 def _percent_axis(axes: Axes, which: str) -> None:
     axis = axes.yaxis if which == "y" else axes.xaxis
     low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
-    (axes.set_ylim if which == "y" else axes.set_xlim)(max(low, -0.02), min(high, 1.02))
-    axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=""))
+    (axes.set_ylim if which == "y" else axes.set_xlim)(max(low, -2), min(high, 102))
+    axis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_label_text("accuracy (%), bars: 95 % interval")
 
 
-def tokens_plot(records: Iterable[Record], arms: Mapping[str, Legend]) -> Figure | None:
-    """Visual tokens a shown frame has left at each LLM layer; None if no record says. Equal curves share a line."""
-    curves = _token_curves(records)
+def tokens_plot(summary: Summary) -> Figure | None:
+    """Visual tokens a shown frame has left at each LLM layer; None if no arm says. Equal curves share a line."""
+    curves = token_curves(summary)
     if not curves:
         return None
     figure, axes = _figure(height=4.0)
-    for index, (values, names) in enumerate(curves):
-        label = ", ".join(_token_labels(names, curves, arms))
-        axes.step(
-            range(1, len(values) + 1), values, where="mid", label=_plain(label), **{**_style(index), "marker": ""}
-        )
+    for index, (label, values) in enumerate(curves):
+        style = {**_style(index), "marker": ""}
+        axes.step(range(1, len(values) + 1), values, where="mid", label=_plain(label), **style)
     axes.set_xlabel("LLM layer")
     axes.set_ylabel("visual tokens for each frame shown")
-    axes.set_ylim(bottom=0, top=1.08 * max(values.max() for values, _ in curves))
+    axes.set_ylim(bottom=0, top=1.08 * max(max(values) for _, values in curves))
     axes.margins(x=0.01)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=14, min_n_ticks=1))
     _legend(figure, axes, len(curves))
     return figure
 
 
-def _token_curves(records: Iterable[Record]) -> list[tuple[np.ndarray, list[str]]]:
-    """Mean curve and the arms that have it (to 1 %), in order of first appearance."""
-    rows: dict[str, list[np.ndarray]] = defaultdict(list)
-    for record in records:
-        if record.get("tokens_per_layer") and record.get("num_frames") and not record.get("error"):
-            rows[record["arm"]].append(np.array(record["tokens_per_layer"]) / record["num_frames"])
-    curves: list[tuple[np.ndarray, list[str]]] = []
-    for arm, values in rows.items():
-        mean = np.mean(values, axis=0)
-        same = (names for curve, names in curves if len(curve) == len(mean) and np.allclose(curve, mean, rtol=0.01))
-        names = next(same, None)
-        if names is None:
-            curves.append((mean, [arm]))
+def token_curves(summary: Summary) -> list[tuple[str, list[float]]]:
+    """Tokens of each layer for each frame shown, and whose: arms' curves that are equal to 1 % are one.
+
+    Named by the arms' compressors, or by the arm itself where its compressor has several curves.
+    """
+    curves: list[tuple[np.ndarray, list[ArmSummary]]] = []
+    for arm in summary.arms:
+        if not arm.tokens_per_layer or not arm.frames:
+            continue
+        values = np.array(arm.tokens_per_layer) / arm.frames
+        same = (arms for curve, arms in curves if len(curve) == len(values) and np.allclose(curve, values, rtol=0.01))
+        arms = next(same, None)
+        if arms is None:
+            curves.append((values, [arm]))
         else:
-            names.append(arm)
-    return curves
+            arms.append(arm)
+    whose: dict[str, set[int]] = defaultdict(set)
+    for place, (_, arms) in enumerate(curves):
+        for arm in arms:
+            whose[_compressor(arm)].add(place)
+    labels = []
+    for _, arms in curves:
+        names = [arm.name if len(whose[_compressor(arm)]) > 1 else _compressor(arm) for arm in arms]
+        labels.append(", ".join(dict.fromkeys("no compression" if name == "none" else name for name in names)))
+    return [(label, [float(value) for value in values]) for label, (values, _) in zip(labels, curves)]
 
 
-def _token_labels(names: Sequence[str], curves: list[tuple[np.ndarray, list[str]]], arms: Mapping[str, Legend]) -> list:
-    """The arms' compressors, or the arm's own name where its compressor has several curves."""
-
-    def compressor(name: str) -> str:
-        return arms[name].compressor if name in arms else name
-
-    elsewhere = {compressor(name) for _, others in curves if others is not names for name in others}
-    labels = [name if compressor(name) in elsewhere else compressor(name) for name in names]
-    return list(dict.fromkeys("no compression" if label == "none" else label for label in labels))
+def _compressor(arm: ArmSummary) -> str:
+    return part_label(arm.description["compressor"]) if "compressor" in arm.description else arm.name
 
 
 @dataclass(frozen=True)
@@ -182,7 +164,7 @@ class SelectionRow:
     record: Record
 
 
-def selection_example(records: Sequence[Record], arms: Mapping[str, Legend]) -> list[SelectionRow]:
+def selection_example(records: Sequence[Record], summary: Summary) -> list[SelectionRow]:
     """Rows of the selection plot: the first question with the most selectors; evidence known wins ties. May be empty.
 
     Of several frame budgets the one with all selectors is shown, the smallest first. Arms of one selector that showed
@@ -194,9 +176,10 @@ def selection_example(records: Sequence[Record], arms: Mapping[str, Legend]) -> 
             questions[record["question_id"]].append(record)
     if not questions:
         return []
+    arms = {arm.name: arm for arm in summary.arms}
 
     def selectors(rows: Iterable[Record]) -> set[str]:
-        return {_selector(record, arms) for record in rows}
+        return {_selector(arms[record["arm"]]) for record in rows}
 
     best = max(questions.values(), key=lambda rows: (len(selectors(rows)), bool(rows[0].get("events"))))
     for budget in sorted({len(record["times"]) for record in best}):
@@ -206,21 +189,21 @@ def selection_example(records: Sequence[Record], arms: Mapping[str, Legend]) -> 
     return _selection_rows(best, arms)
 
 
-def _selector(record: Record, arms: Mapping[str, Legend]) -> str:
-    return arms[record["arm"]].selector if record["arm"] in arms else record["arm"]
+def _selector(arm: ArmSummary) -> str:
+    return part_label(arm.description["selector"]) if "selector" in arm.description else arm.name
 
 
-def _selection_rows(records: Sequence[Record], arms: Mapping[str, Legend]) -> list[SelectionRow]:
+def _selection_rows(records: Sequence[Record], arms: Mapping[str, ArmSummary]) -> list[SelectionRow]:
     """One row for each selector and choice of frames, labelled by the arm where the selector alone is ambiguous."""
     merged: dict[tuple, list[Record]] = defaultdict(list)
     for record in records:
-        merged[_selector(record, arms), tuple(record["times"])].append(record)
+        merged[_selector(arms[record["arm"]]), tuple(record["times"])].append(record)
     names = [selector for selector, _ in merged]
     rows = []
     for (selector, _), group in merged.items():
         scored = next((record for record in group if record.get("scores")), group[0])
         arm = group[0]["arm"]
-        label = arms[arm].group if arm in arms and names.count(selector) == 1 else arm
+        label = arms[arm].group if names.count(selector) == 1 else arm
         rows.append(SelectionRow(label=label, selector=selector, record=scored))
     return sorted(rows, key=lambda row: names.index(row.selector))[:MAX_ROWS]
 
@@ -338,10 +321,6 @@ def _legend(figure: Figure, axes: Axes, entries: int) -> None:
         frameon=False,
         fontsize=9.5,
     )
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
 def _plain(text: str) -> str:
