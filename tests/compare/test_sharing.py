@@ -83,7 +83,7 @@ def test_frames_and_clips_are_computed_once_a_video(run, monkeypatch):
     monkeypatch.setattr(VideoChatFlash, "encode", lambda self, p: encoded.append(len(p)) or encode(self, p))
     monkeypatch.setattr(Answerer, "warm_up", lambda self: None)
     monkeypatch.setattr(VideoChatFlash, "clip_macs", lambda self, size: 1)
-    monkeypatch.setattr("xcomp.compare.report.explanation", lambda *args, **options: "")  # small pictures of one more
+    monkeypatch.setattr("xcomp.compare.page.thumbnails", lambda *args: {})  # they are decoded once more
     arms = [ARMS[0], {"name": "all", "frames": 32}, {"name": "all pooled", "compressor": "avg_pool", "frames": 32}]
     records = read(compare(parse_config({**run, "arms": arms}, "x")))
     assert len(records) == 3 * 8 and not any(r["error"] for r in records)
