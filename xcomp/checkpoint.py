@@ -46,6 +46,7 @@ SIZES = {
 }  # fmt: skip
 MAX_DEPTH = 32  # of a JSON file
 SMALL = ("rms_norm_eps", "layer_norm_eps")  # added to what a root is taken of
+WEIGHTS = r"(model.*|adapter_model|trained)\.safetensors(\..*)?|adapter_config\.json"  # names of what a save replaces
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 FROM_PICKLE = (
     'python -c "from torch import load; from safetensors.torch import save_file; '
@@ -209,7 +210,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 def _take_over(old: Path, target: Path) -> None:
     """Move what a replaced folder held beside its weights into the new one, and delete the rest."""
     for entry in old.iterdir():
-        if not (target / entry.name).exists() and not re.fullmatch(r"model.*\.safetensors(\..*)?", entry.name):
+        if not (target / entry.name).exists() and not re.fullmatch(WEIGHTS, entry.name):
             entry.rename(target / entry.name)
     shutil.rmtree(old)
 

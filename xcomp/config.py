@@ -113,6 +113,19 @@ class Generation:
 
 
 @dataclass
+class Lora:
+    """Low-rank adapters in place of the language model's own weights (:mod:`xcomp.adapters`)."""
+
+    rank: int = 16
+    alpha: float = 32.0  # what the adapters give is scaled by alpha / rank
+    dropout: float = 0.0
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    merge: bool = False  # write whole weights at the end, not adapters alone
+
+
+@dataclass
 class Tune:
     """Supervised compression tuning. The loss is the mean cross-entropy over answer tokens."""
 
@@ -134,6 +147,7 @@ class Tune:
     # {name: EarlyStopping, monitor: validation/loss}: one of lightning.pytorch.callbacks, or module:Class
     callbacks: list[Any] = field(default_factory=list)
     # How it is trained.
+    lora: Lora | None = None
     quirks: list[str] = field(
         default_factory=list
     )  # what the released training does and the paper does not say: QUIRKS
@@ -396,6 +410,9 @@ def parse_config(content: Any, where: str) -> RunConfig:
         ("tune", Tune),
     ):
         _check_keys(node, content.get(part, {}), f"{where}: {part}")
+    for part, node in (("lora", Lora),):
+        if (given := (content.get("tune") or {}).get(part)) is not None:
+            _check_keys(node, given, f"{where}: tune.{part}")
     arms = content.get("arms") or []
     if not isinstance(arms, list):
         raise ConfigError(f"config '{where}': arms must be a list of mappings, not {arms!r}")
@@ -520,12 +537,26 @@ def _training_rules(t: Tune) -> list[tuple[bool, str]]:
             )
             for part in t.learning_rates
         ),
+        *_lora_rules(t),
         *((q in QUIRKS, f"tune.quirks names '{q}';{nearest(q, QUIRKS)} quirks: {', '.join(QUIRKS)}") for q in t.quirks),
         (
             not t.quirks or "llm" in t.train,
             f"tune.quirks {t.quirks} leave nothing to learn without 'llm' in tune.train",
         ),
         *((rate > 0, f"tune.learning_rates.{k} is {rate}; it must be above 0") for k, rate in t.learning_rates.items()),
+    ]
+
+
+def _lora_rules(t: Tune) -> list[tuple[bool, str]]:
+    """As ``_generation_rules``."""
+    if (lora := t.lora) is None:
+        return []
+    return [
+        ("llm" in t.train, "tune.lora adapts the language model, but tune.train does not name 'llm'"),
+        (lora.rank >= 1, f"tune.lora.rank is {lora.rank}; it must be at least 1"),
+        (lora.alpha > 0, f"tune.lora.alpha is {lora.alpha}; it must be above 0"),
+        (0 <= lora.dropout < 1, f"tune.lora.dropout is {lora.dropout}; it must be at least 0 and below 1"),
+        (bool(lora.targets), "tune.lora.targets is empty; leave it out for all projections"),
     ]
 
 

@@ -21,6 +21,7 @@ from torchmetrics import MeanMetric
 from transformers import get_scheduler
 from transformers.generation import BaseStreamer
 
+from xcomp.adapters import adapter_parameters
 from xcomp.answering import Answer, Answerer, Query, Refused
 from xcomp.backbone import Backbone
 from xcomp.benchmark import Benchmark, multiple_choice_prompt, parse_option
@@ -285,6 +286,16 @@ class VideoQA(L.LightningModule):
             if is_sharded(self.trainer):  # there, all parameters are numbered
                 numbered = list(names)
             rename_states(state, {number: names[parameter] for number, parameter in enumerate(numbered)})
+        if self.tune.lora is not None and checkpoint["state_dict"]:  # of the first process, where it is one file
+            checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in self._trained()}
+
+    @property
+    def strict_loading(self) -> bool:
+        """Lightning's: whether a checkpoint holds all parameters, and not those of adapters alone."""
+        return self.tune.lora is None
+
+    def _trained(self) -> dict[str, Parameter]:
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not is_sharded(self.trainer):
@@ -306,11 +317,13 @@ class VideoQA(L.LightningModule):
             raise ConfigError(f"tune.train names 'compressor', but {name} has no parameters")
         for name in self.tune.train:
             for module in parts[name]:
-                module.requires_grad_(True)
+                adapted = name == "llm" and self.tune.lora is not None
+                for parameter in adapter_parameters(module) if adapted else module.parameters():
+                    parameter.requires_grad_(True)
 
     def _groups(self) -> list[tuple[str | None, dict[str, Parameter]]]:
         """(part, its trained parameters by name): a group of the optimizer for each learning rate."""
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        trained = self._trained()
         if not self.tune.learning_rates:
             return [(None, trained)]
         groups = []

@@ -25,11 +25,15 @@ from xcomp.shipped import built_in
 RECORD, RECORDED = "xcomp.json", "recorded"
 
 
-def write_record(folder: Path, compressor: Compressor, **tuned: Any) -> None:
-    """Say in a checkpoint folder which compressor it was tuned with; ``tuned`` is for people."""
+def write_record(folder: Path, compressor: Compressor, base: str | None = None, **tuned: Any) -> None:
+    """Say in a checkpoint folder which compressor it was tuned with; ``tuned`` is for people.
+
+    ``base``: the checkpoint that a folder of adapters belongs to.
+    """
     parts = list(compressor.parts) if isinstance(compressor, Chain) else [compressor]
     nodes = [{"name": part.plugin_name, **dataclasses.asdict(part.config)} for part in parts]
-    write_json(Path(folder) / RECORD, {"compressor": nodes[0] if len(nodes) == 1 else nodes, "tuned": tuned})
+    content = {"compressor": nodes[0] if len(nodes) == 1 else nodes, "tuned": tuned}
+    write_json(Path(folder) / RECORD, content if base is None else {**content, "base": base})
 
 
 def recorded_compressor(backbone: Any) -> Any:

@@ -342,6 +342,9 @@ def _budget(kind: str, plugin_class: type, options: Mapping[str, Any], what: str
 
 def build(kind: str, name: str, options: Mapping[str, Any] | None = None, folders: Iterable[str | Path] = ()) -> Any:
     """Import the plugin, check its options, make it."""
+    base = None
+    if kind == "backbone" and options and (base := _base(checkpoint := options.get("checkpoint"))) is not None:
+        options = {**options, "checkpoint": base}
     plugin_class, config = configure(kind, name, options, folders)
     try:
         inspect.signature(plugin_class).bind(config)
@@ -350,11 +353,31 @@ def build(kind: str, name: str, options: Mapping[str, Any] | None = None, folder
         raise PluginError(f"{kind} '{name}' breaks its contract: {clause}") from error
     made = plugin_class(config)
     made.plugin_name = name  # by which a run speaks of it, should it break its contract
+    if base is not None:
+        _adapt(made, checkpoint)
     if kind == "selector":
         made.set_up(list(folders))
     if kind == "compressor":
         made.budget = _budget(kind, plugin_class, options or {}, f"{kind} '{name}'")[1]
     return made
+
+
+def _base(checkpoint: Any) -> str | None:
+    """The checkpoint that a folder of adapters was tuned from, if it is one."""
+    if not isinstance(checkpoint, str) or not os.path.isfile(os.path.join(checkpoint, "adapter_config.json")):
+        return None
+    from xcomp.adapters import base_checkpoint
+
+    return base_checkpoint(checkpoint)
+
+
+def _adapt(backbone: Any, checkpoint: str) -> None:
+    """Make of the backbone that was read the one that ``checkpoint``, a folder of adapters, stands for."""
+    from xcomp.adapters import load_adapters
+
+    if backbone.device.type != "meta":
+        load_adapters(backbone, Path(checkpoint))
+    backbone.config = dataclasses.replace(backbone.config, checkpoint=checkpoint)
 
 
 def load_backbone(name: str, *, plugins: Iterable[str | Path] = (), **options: Any) -> Any:

@@ -37,7 +37,7 @@ FREE_KEYS = {
         *("allow_missing", "arms", "batch_size", "benchmark", "decoding", "export_frames", "frames", "generation"),
         *("limit", "memory", "selector", *REPORT_KEYS),
         *("tune.gradient_checkpointing", "tune.num_workers", "tune.save_dtype", "tune.save_every", "tune.steps"),
-        *("tune.export", "tune.keep"),
+        *("tune.export", "tune.keep", "tune.lora.merge"),
         *("tune.validation", "trainer.limit_val_batches", "trainer.num_sanity_val_steps"),
         *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"),
         *("trainer.enable_checkpointing", "trainer.default_root_dir", "trainer.profiler"),
@@ -207,7 +207,7 @@ def _check_same(path: Path, command: str, config: dict[str, Any]) -> None:
         )
     if before.get("kind") != command:
         raise ConfigError(f"run folder '{path.parent}' belongs to 'xcomp {before.get('kind')}'; {way_out}")
-    old, new = _flat(before["config"]), _flat(config)
+    old, new = flat(before["config"]), flat(config)
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key) and not _is_free(key, command):
             raise ConfigError(
@@ -284,12 +284,12 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings and lists as ``a.b[0].c`` keys."""
     if isinstance(value, dict):
-        return {k: v for key, x in value.items() for k, v in _flat(x, f"{prefix}.{key}" if prefix else key).items()}
+        return {k: v for key, x in value.items() for k, v in flat(x, f"{prefix}.{key}" if prefix else key).items()}
     if isinstance(value, list):
-        return {k: v for i, x in enumerate(value) for k, v in _flat(x, f"{prefix}[{i}]").items()}
+        return {k: v for i, x in enumerate(value) for k, v in flat(x, f"{prefix}[{i}]").items()}
     return {prefix: value}
 
 

@@ -18,23 +18,21 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 from torch import distributed
 
+from xcomp.adapters import add_adapters, base_of, merge_adapters, save_adapters
 from xcomp.checkpoint import save_compressor, whole_folder
-from xcomp.config import ConfigError, RunConfig, Tune
+from xcomp.config import ConfigError, RunConfig
 from xcomp.contract import check_methods
 from xcomp.data.module import ConversationData
 from xcomp.model import VideoQA
 from xcomp.recorded import write_record
 from xcomp.resuming import Resume, StopAtStep, best_checkpoint, clear_leftovers, newest_checkpoint
-from xcomp.run import check_run, hold_run, note_run, open_run
+from xcomp.run import check_run, flat, hold_run, note_run, open_run
 from xcomp.sharding import check_sharded, gathered, is_sharded
 from xcomp.stopping import signals
 from xcomp.trainer import tuning_trainer
 
-SAVED = (
-    "steps",
-    "save_dtype",
-    "export",
-)  # options of ``tune`` that decide what model is written, and may change on resuming
+# Options of ``tune`` that decide what model is written, and may change on resuming.
+SAVED = ("steps", "save_dtype", "export", "lora.merge")
 
 
 def tune(config: RunConfig) -> Path:
@@ -67,6 +65,8 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
     check_methods("backbone", model.backbone, "follow_up", "parts", "save_pretrained")  # before hours of work
     if is_sharded(trainer):
         check_sharded(model.decoder)
+    if config.tune.lora is not None:
+        add_adapters(model.backbone, config.tune.lora, config.seed)
     model.freeze_untrained()
     model.backbone.train()
     data = ConversationData(config, model.backbone)
@@ -89,7 +89,7 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
         if trainer.is_global_zero:
             _save_model(model, config, trainer.global_step)
             ended = {"ended": trainer.global_step} if trainer.global_step < config.tune.steps else {}
-            note_run(folder, tuned={name: getattr(config.tune, name) for name in SAVED} | ended)
+            note_run(folder, tuned=_saved(config) | ended)
     trainer.strategy.barrier()
 
 
@@ -107,12 +107,19 @@ def _take_best(model: VideoQA, folder: Path) -> None:
 
 def _save_model(model: VideoQA, config: RunConfig, step: int) -> None:
     folder, dtype = config.folder / "model", config.tune.save_dtype
+    lora, base = config.tune.lora, None
+    if lora is not None and lora.merge:
+        merge_adapters(model.backbone.language_model)
     tuned = {"run": config.name, "steps": step, "train": config.tune.train, "seed": config.seed}
     try:
         with whole_folder(folder) as fresh:
-            model.backbone.save_pretrained(str(fresh), dtype=dtype)
+            if lora is not None and not lora.merge:
+                save_adapters(model.backbone, fresh, dtype)
+                base = base_of(model.backbone)
+            else:
+                model.backbone.save_pretrained(str(fresh), dtype=dtype)
             save_compressor(model.compressor, fresh)
-            write_record(fresh, model.compressor, **tuned)
+            write_record(fresh, model.compressor, base, **tuned)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(
@@ -129,13 +136,17 @@ def _is_tuned(config: RunConfig) -> bool:
     if not (folder / "model").is_dir() or not (folder / "run.json").is_file():
         return (folder / "model").is_dir()
     tuned = _tuned(folder)
-    return all(tuned.get(name, getattr(Tune, name)) == getattr(config.tune, name) for name in SAVED)
+    return all(tuned.get(name, value) == value for name, value in _saved(config).items())
+
+
+def _saved(config: RunConfig) -> dict[str, Any]:
+    return {name: value for name, value in flat(config.to_dict()["tune"]).items() if name in SAVED}
 
 
 def _tuned(folder: Path) -> dict[str, Any]:
     """``SAVED`` of the model that is there: noted once it was written, else as the run was started."""
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return run.get("tuned") or run["config"]["tune"]
+    return run.get("tuned") or {"export": "last", **flat(run["config"]["tune"])}
 
 
 def _last_step(config: RunConfig) -> int:
