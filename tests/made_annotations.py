@@ -11,10 +11,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from golden import ROOT
+from PIL import Image
 
 _given = os.environ.get("XCOMP_ANNOTATIONS")
 ANNOTATIONS = Path(_given).resolve() if _given else ROOT.parent / "data" / "annotations"
@@ -129,7 +132,7 @@ def touch(*paths: Path) -> None:
         path.touch()
 
 
-def make(name: str, folder: Path) -> dict[str, str]:
+def make(name: str, folder: Path) -> dict[str, Any]:
     """Options for a benchmark of two questions, whose annotations and (empty) videos lie in ``folder``."""
     videos = folder / "media"
     if name == "lvbench":
@@ -149,4 +152,33 @@ def make(name: str, folder: Path) -> dict[str, str]:
         write_json(videos / "subtitles" / "made_en.json", CUES)
         content = [LONGVIDEOBENCH, LONGVIDEOBENCH | {"id": "made_1", "correct_choice": 0}]
         return {"annotations": write_json(folder / "lvb_val.json", content), "videos": str(videos)}
+    if name == "niah":
+        return _make_niah(folder)
     raise AssertionError(f"no files are made for {name!r}")
+
+
+def _make_niah(folder: Path) -> dict[str, Any]:
+    """Two pictures of one colour (and a third), and a grey video of 24 seconds."""
+    ask = "Which colour?\nOptions: (A) {}\n(B) {}\nOnly give the best option. Best option: ("
+    (folder / "images" / "single").mkdir(parents=True)
+    for name, colour in (("red.jpg", (255, 0, 0)), ("green.png", (0, 255, 0)), ("blue.jpg", (0, 0, 255))):
+        Image.new("RGB", (40, 30), colour).save(folder / "images" / "single" / name)
+    records = [
+        {"id": 0, "image": "single/red.jpg", "question": ask.format("red", "blue"), "answer": "B"},
+        {"id": 1, "image": "single/green.png", "question": ask.format("red", "green"), "answer": "B"},
+    ]
+    with av.open(str(folder / "hay.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=2, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for grey in np.linspace(90, 160, 48).astype(np.uint8):
+            picture = np.full((48, 64, 3), grey, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return {
+        "annotations": write_json(folder / "niah-coco-singlehop_20.json", records),
+        "images": str(folder / "images"),
+        "haystack": str(folder / "hay.mkv"),
+        "frames": [16],
+        "depths": [0.0, 0.5],
+        "root": str(folder / "niah"),
+    }

@@ -62,7 +62,7 @@ def selector_options(name: str, folder: Path) -> dict[str, Any]:
 
 
 def benchmark_options(name: str, folder: Path) -> dict[str, Any]:
-    if name in ("lvbench", "longvideobench", "mlvu", "videomme"):
+    if name in ("lvbench", "longvideobench", "mlvu", "videomme", "niah"):
         return made_annotations.make(name, folder)
     if name == "questions":
         asked = [
