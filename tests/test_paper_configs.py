@@ -13,7 +13,7 @@ from xcomp.run import open_run
 from xcomp.shipped import built_in
 
 PAPER = [name for name in built_in("configs", "**/*.yaml") if name.startswith("paper/")]
-TABLES = ("table_1", "table_2", "table_3", "table_4", "table_5", "table_6", "table_7", "table_d", "table_e")
+TABLES = ("table_1", "table_2", "table_3", "table_4", "table_5", "table_6", "table_7", "table_d", "table_e", "table_f")
 
 
 @pytest.fixture(autouse=True)
