@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2Model
 
-from xcomp.backbone import Backbone, Prompt, ShownVideo, attention_probabilities
+from xcomp.backbone import Backbone, FrameText, Prompt, ShownVideo, TrainingText, attention_probabilities
 from xcomp.checkpoint import (
     DTYPES,
     FLOATS,
@@ -62,7 +62,9 @@ from xcomp.merging import exact_float32
 from xcomp.pixels import PixelFormat
 
 SHARD_BYTES = 5_000_000_000
-PREFIX = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+USER = "<|im_start|>user\n"
+PREFIX = SYSTEM + USER
 START, STOP = "<|im_start|>", ("<|im_end|>", "<|endoftext|>")
 HEADER = "<|im_end|>\n<|im_start|>assistant\n"
 TIME = "The video lasts for {duration:.2f} seconds, and {num_frames} frames are uniformly sampled from it."
@@ -664,8 +666,45 @@ class VideoChatFlash(Backbone):
         return Prompt(*(self._ids(text) for text in (PREFIX, f"\n{time} {question}", HEADER)))
 
     def follow_up(self, question: str) -> Tensor:
-        return self._ids(f"\n<|im_start|>user\n{question}{HEADER}")
+        return self._ids(f"\n{USER}{question}{HEADER}")
+
+    def image_prompt(self, texts: Sequence[str]) -> Prompt:
+        """As ``prompt``, without a message; what stands before the first picture belongs to the prefix."""
+        first, *between, last = ["", *texts] if len(texts) == 1 else texts
+        return Prompt(self._ids(PREFIX + first), self._ids(last), self._ids(HEADER), self._between(between))
+
+    def _between(self, texts: Sequence[str]) -> tuple[FrameText, ...] | None:
+        """Text behind each of several pictures but the last."""
+        none = torch.empty(0, dtype=torch.long)
+        return (*(FrameText(none, self._ids(t)) for t in texts), FrameText(none, none)) if texts else None
+
+    def training_text(
+        self, texts: Sequence[str], turns: Sequence[tuple[str, str]], video: ShownVideo | None
+    ) -> TrainingText:
+        """The released training's: turns of ``<|im_start|>role, newline, text, <|im_end|>, newline``, split into tokens
+        one by one; answers are supervised with all that is around them, elsewhere the three ids of that frame are.
+
+        The time message stands right behind the video, with a blank behind it and whatever the question begins with.
+        """
+        # A turn is split into tokens as a whole, but where a picture stands.
+        before, (*between, last) = (SYSTEM, [USER + texts[0]]) if len(texts) == 1 else (PREFIX + texts[0], texts[1:])
+        if video is not None:
+            last = f"\n{TIME.format(duration=video.duration, num_frames=video.num_frames)} {last}"
+        turn, frame = "{}<|im_end|>\n", torch.tensor([self._ids(text)[0] for text in (START, STOP[0], "\n")])
+        prefix = self._ids(before)
+        ids = [self._ids(turn.format(last))]
+        masks = [torch.isin(ids[0], frame)]
+        for number, (question, answer) in enumerate(turns):
+            if number:
+                ids.append(self._ids(USER + turn.format(question)))
+                masks.append(torch.isin(ids[-1], frame))
+            ids.append(self._ids(f"{START}assistant\n{turn.format(answer)}"))
+            masks.append(torch.ones_like(ids[-1], dtype=torch.bool))
+        prompt_length = len(ids[0]) + len(self._ids(f"{START}assistant\n"))
+        return TrainingText(
+            prefix, torch.isin(prefix, frame), torch.cat(ids), torch.cat(masks), prompt_length, self._between(between)
+        )
 
     def _ids(self, text: str) -> Tensor:
         require_tokenizer(self.tokenizer)
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)

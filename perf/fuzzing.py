@@ -176,7 +176,7 @@ def examine(path: str, pools: dict[str, DecodingPool], sound: np.ndarray, seed: 
     ``sound``: the pictures of the file before it was damaged.
     """
     began = time.perf_counter()
-    pending = {name: pools[name]._hand_out(look, path, name, seed) for name in READERS}
+    pending = {name: pools[name].hand_out(look, path, name, seed) for name in READERS}
     results: dict[str, Any] = {}
     for name, work in pending.items():
         try:
@@ -188,7 +188,7 @@ def examine(path: str, pools: dict[str, DecodingPool], sound: np.ndarray, seed: 
     expected: dict[tuple[int, ...], Any] = {}
     for frames in set(asked.values()):
         try:
-            expected[frames] = pools["from the start"]._hand_out(from_the_start, path, frames).result()
+            expected[frames] = pools["from the start"].hand_out(from_the_start, path, frames).result()
         except VideoError as error:
             expected[frames] = error
     outcomes = {}

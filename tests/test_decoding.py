@@ -68,7 +68,7 @@ def test_what_cannot_be_opened_is_a_video_error(tmp_path, workers):
 )
 def test_whatever_a_process_does_is_one_error_and_the_others_go_on(pool, path, function, message):
     before, started = pool.inspect(path), time.monotonic()
-    bad, after = pool._hand_out(function, "a.mp4"), pool._hand_out(misbehave.fine, "b.mp4")
+    bad, after = pool.hand_out(function, "a.mp4"), pool.hand_out(misbehave.fine, "b.mp4")
     with pytest.raises(VideoError, match=message) as caught:
         bad.result()
     assert "\n" not in str(caught.value) and time.monotonic() - started < 60
@@ -76,17 +76,17 @@ def test_whatever_a_process_does_is_one_error_and_the_others_go_on(pool, path, f
 
 
 def test_what_is_no_longer_wanted_is_given_up(pool):
-    hanging = pool._hand_out(misbehave.hang, "a.mp4")
+    hanging = pool.hand_out(misbehave.hang, "a.mp4")
     time.sleep(0.5)
     hanging.cancel()
-    assert pool._hand_out(misbehave.fine, "b").result() == "B"
+    assert pool.hand_out(misbehave.fine, "b").result() == "B"
 
 
 def test_closing_ends_the_processes():
     others = set(multiprocessing.active_children())
     pool = DecodingPool(Decoding(workers=2, threads=1), SAMPLING)
-    waiting = pool._hand_out(misbehave.hang, "a.mp4")
-    assert pool._hand_out(misbehave.fine, "b").result() == "B"
+    waiting = pool.hand_out(misbehave.hang, "a.mp4")
+    assert pool.hand_out(misbehave.fine, "b").result() == "B"
     pool.close()
     assert waiting.done() and set(multiprocessing.active_children()) <= others
 

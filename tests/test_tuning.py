@@ -300,12 +300,22 @@ def test_the_bar_counts_the_steps_of_the_run(make, capsys, stop_before):
     assert "6/6" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_missing_video_is_one_line_that_names_it(make, tmp_path, capsys, workers):
-    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+def test_missing_data_are_told_before_a_model_is_loaded(make, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(VideoQA, "from_config", lambda *_: pytest.fail("a model is loaded"))
+    turns = [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "A"}]
     (tmp_path / "records.json").write_text(json.dumps([{"video": "gone.mp4", "conversations": turns}]))
-    content = make("run", data=[{"records": str(tmp_path / "records.json"), "root": "/videos"}], num_workers=workers)
-    (tmp_path / "tune.yaml").write_text(yaml.safe_dump(content))
-    assert main(["tune", str(tmp_path / "tune.yaml")]) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and line.endswith("/videos/gone.mp4: no such file or folder\n")
+    source = {"records": str(tmp_path / "records.json"), "root": "/videos"}
+    one = "none of its first 1 media is there: '/videos/gone.mp4' does not exist"
+    for data, first, last in (
+        ([source], None, f"tune.data[0]: {one}; 'root' and 'roots' say where data lie, "),
+        (
+            [source, {"records": "gone.json"}],
+            f"tune.data[0]: {one}",
+            "2 data sets of tune.data are missing, as listed; ",
+        ),
+    ):
+        (tmp_path / "tune.yaml").write_text(yaml.safe_dump(make("run", data=data)))
+        assert main(["tune", str(tmp_path / "tune.yaml")]) == 2
+        *lines, error = capsys.readouterr().err.splitlines()
+        assert error.startswith(f"xcomp: error: {last}") and not (tmp_path / "runs").exists()
+        assert lines == ([f"xcomp: {first}", "xcomp: tune.data[1]: 'gone.json' does not exist"] if first else [])

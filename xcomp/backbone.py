@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from xcomp.config import Sampling
 from xcomp.contract import check_encoded, check_tower, name_of
 from xcomp.cost import count_macs
 from xcomp.layout import TokenLayout, gather
@@ -67,6 +68,21 @@ class Prompt:
         """All ids that stand before the question, to tell by which prompts a stored video may be shared."""
         texts = [ids for text in self.frame_texts or () for ids in text]
         return tuple(tuple(ids.tolist()) for ids in (self.prefix_ids, *texts))
+
+
+class TrainingText(NamedTuple):
+    """A conversation as a model's authors trained it: ids around the pictures, and which of them are supervised.
+
+    All 1-D, the masks bool: ``prefix | pictures | suffix``. ``frame_texts`` as in :class:`Prompt`, never supervised.
+    ``prompt_length``: ids of the suffix that stand before the first answer's own.
+    """
+
+    prefix_ids: Tensor
+    prefix_mask: Tensor
+    suffix_ids: Tensor
+    suffix_mask: Tensor
+    prompt_length: int
+    frame_texts: tuple[FrameText, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -245,6 +261,28 @@ class Backbone(nn.Module):
         """Token ids that put a further question after an answer's stop token, assistant header included."""
         raise NotImplementedError(f"{type(self).__name__} must define follow_up(question)")
 
+    # --- what tuning on pictures, on text alone, and as the model's authors did it needs, where a backbone has it ----
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """(T, 3, h, w) → visual tokens (T, N, D), each picture on its own; as frames, where clips are of one frame."""
+        if self.clip_frames == self.merged_frames == 1:
+            return self.encode(pixels)
+        raise NotImplementedError(f"{type(self).__name__} must define encode_images(pixels)")
+
+    def image_prompt(self, texts: Sequence[str]) -> Prompt:
+        """Token ids around pictures: n + 1 texts in whose gaps n pictures stand; a single text is a question alone.
+
+        Between pictures stands ``Prompt.frame_texts``, and of a question alone all but itself is prefix and header.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define image_prompt(texts)")
+
+    def training_text(
+        self, texts: Sequence[str], turns: Sequence[tuple[str, str]], video: ShownVideo | None
+    ) -> TrainingText:
+        """A conversation as the authors' training code has it. ``texts``: the first question cut at its pictures, as in
+        ``image_prompt``; ``turns``: all questions and answers; ``video`` None: pictures, or text alone."""
+        raise NotImplementedError(f"{type(self).__name__} must define training_text(texts, turns, video)")
+
     def save_pretrained(self, folder: str, dtype: str | None = None) -> None:
         """Write a checkpoint folder that ``xcomp.load_backbone`` (and the model's own code) reads."""
         raise NotImplementedError(f"{type(self).__name__} must define save_pretrained(folder)")
@@ -273,12 +311,29 @@ class Backbone(nn.Module):
         check_tower(who, tower, names, *shape[:2])
         return VisualTokens.from_frames(tokens, self.grid, tower)
 
+    def images(self, pixels: Tensor) -> VisualTokens:
+        """(T, 3, h, w) → tokens of pictures that stand beside one another, each a frame of its own."""
+        tokens = self.encode_images(pixels)
+        shape = (len(pixels), self.tokens_per_frame, self.text_config.hidden_size)
+        check_encoded(name_of("backbone", self), tokens, shape, "encode_images")
+        return VisualTokens.from_frames(tokens, self.grid)
+
     def check_frames(self, count: int) -> None:
         """ValueError unless ``count`` frames fill the clips that are encoded together; names a number that does."""
         clip = self.clip_frames
         if count % clip:
             fits = max(count // clip, 1) * clip
             raise ValueError(f"a budget of {count} frames does not divide into encoder clips of {clip}; take {fits}")
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """ValueError unless whatever number of frames the rule takes fills the clips that are encoded together."""
+        for name in ("multiple", "min_frames"):
+            count = getattr(sampling, name)
+            if count % self.clip_frames:
+                raise ValueError(
+                    f"sampling.{name} is {count}; it must be a multiple of {self.clip_frames}, "
+                    "the frames that the backbone encodes together"
+                )
 
     @torch.no_grad()
     def clip_macs(self, size: tuple[int, int]) -> int:

@@ -28,6 +28,7 @@ from xcomp.registry import KINDS, PluginError, build, configure, split_node
 from xcomp.shipped import built_in
 
 TRAINABLE = ("llm", "projector", "vision", "compressor")
+TEXT_FORMATS = ("answers", "released")
 DTYPES = ("float32", "bfloat16", "float16")
 EXPORTS = ("last", "best")
 # no_vision_gradient_from_512_frames: vision tower and projector learn nothing from a batch of 512 frames or more.
@@ -129,7 +130,7 @@ class Lora:
 class Tune:
     """Supervised compression tuning. The loss is the mean cross-entropy over answer tokens."""
 
-    data: list[Any] = field(default_factory=list)  # {records: FILE, root: DIR} or {benchmark: …, tasks: […]}
+    data: list[Any] = field(default_factory=list)  # {records: FILE, root: DIR}, {mixture: FILE, root: DIR}, …
     validation: list[Any] = field(default_factory=list)
     train: list[str] = field(default_factory=lambda: ["llm", "projector"])  # of llm, projector, vision, compressor
     frames: list[int] = field(default_factory=list)  # frames shown, drawn from these; default by sampling
@@ -139,6 +140,9 @@ class Tune:
     weight_decay: float = 0.0
     warmup_ratio: float = 0.03
     num_workers: int = 1
+    group_by_length: bool | None = None  # batches of samples of like length; default where a batch has several
+    format: str = "answers"  # text and labels: as questions are asked, or `released`, as the model's authors trained it
+    max_skipped: float = 0.01  # share of the records that may be left out because they, or their media, are no good
     gradient_checkpointing: bool = False
     save_every: int = 200  # steps between checkpoints one can resume from
     save_dtype: str | None = None  # dtype of the checkpoint folder that is written at the end; default as computed
@@ -491,6 +495,12 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         *_decoding_rules(config.decoding, config.memory),
         (config.tune.weight_decay >= 0, f"tune.weight_decay is {config.tune.weight_decay}; it must be at least 0"),
         (0 <= config.tune.warmup_ratio <= 1, f"tune.warmup_ratio is {config.tune.warmup_ratio}; it must be 0..1"),
+        (0 <= config.tune.max_skipped <= 1, f"tune.max_skipped is {config.tune.max_skipped}; it must be 0..1"),
+        (
+            config.tune.format in TEXT_FORMATS,
+            f"tune.format is '{config.tune.format}';{nearest(config.tune.format, TEXT_FORMATS)} formats: "
+            f"{', '.join(TEXT_FORMATS)}",
+        ),
         (config.tune.num_workers >= 0, f"tune.num_workers is {config.tune.num_workers}; it must be at least 0"),
         (
             config.tune.save_dtype in (None, *DTYPES),
@@ -595,6 +605,20 @@ def _check_sampling(sampling: Sampling, where: str) -> None:
         sampling.candidates(1000, 25.0)
     except ValueError as error:
         raise ConfigError(f"config '{where}', sampling: {error}") from error
+
+
+def merged_sampling(base: Sampling, given: Any, where: str) -> Sampling:
+    """``base`` with the keys that a data set gives replaced; ConfigError says what is wrong with which."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _check_keys(Sampling, given, where)
+    try:
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), given))
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+    _check_sampling(merged, where)
+    return merged
 
 
 def frame_budgets(frames: Any, where: str) -> list[int | None]:

@@ -55,9 +55,9 @@ def check_pixel_format(who: str, backbone: Any) -> None:
     require(not own, who, "preprocess() follows from pixel_format and must not be overridden; describe pixels there")
 
 
-def check_encoded(who: str, tokens: Any, shape: tuple[int, int, int]) -> None:
+def check_encoded(who: str, tokens: Any, shape: tuple[int, int, int], method: str = "encode") -> None:
     right = isinstance(tokens, Tensor) and tokens.shape == shape
-    require(right, who, f"encode() must return (T, N, D) = {shape}, not {describe(tokens, False)}")
+    require(right, who, f"{method}() must return (T, N, D) = {shape}, not {describe(tokens, False)}")
 
 
 def check_frame_texts(who: str, texts: Any, num_groups: int) -> None:

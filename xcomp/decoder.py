@@ -185,22 +185,61 @@ class Decoder:
 
     def logits(
         self,
-        tokens: Sequence[Video],
+        tokens: Sequence[Video | None],
         prefix_ids: Sequence[Ids],
         suffix_ids: Sequence[Ids],
         num_logits: Sequence[int],
         frame_texts: Sequence[FrameTexts] | None = None,
+        predicted: Sequence[Ids] | None = None,
     ) -> Tensor:
         """Logits at the last ``num_logits[b]`` positions of each sample, packed: (sum, V). No cache: for training.
 
-        One sample's tokens and ids may stand without a list.
+        One sample's tokens and ids may stand without a list. A sample without a video (None) is text alone; no rule
+        is asked about it. ``predicted``: of each sample further text tokens, numbered through prefix and suffix, whose
+        predictions are wanted too: the logits of whatever stands before each at the last layer, behind the sample's
+        others. ``num_logits`` says where the prompt ends, at the first of the positions that it counts.
         """
+        batched = isinstance(tokens, (list, tuple))
+        batch = tokens if batched else [tokens]
+        further = [
+            _ids(ids) for ids in ([()] * len(batch) if predicted is None else predicted if batched else [predicted])
+        ]
+        mixed = 0 < sum(video is None for video in batch) < len(batch)
+        if mixed and self.compressor.plan(self.backbone.num_layers, self.backbone.tokens_per_frame) is None:
+            return self._apart(tokens, prefix_ids, suffix_ids, num_logits, frame_texts, further)
         hidden, layout, tokens_per_frame, _ = self._assemble(tokens, prefix_ids, suffix_ids, frame_texts, num_logits)
-        counts = torch.tensor(num_logits)
-        back = torch.arange(int(counts.max()))
-        wanted = (layout.counts.unsqueeze(1) - counts.unsqueeze(1) + back).clamp(max=layout.width - 1)
-        rows = self._run(hidden, layout, tokens_per_frame, wanted=wanted, state=None)
-        return self.backbone.head(rows[(back < counts.unsqueeze(1)).to(rows.device)])
+        prefixes, suffixes = (ids if batched else [ids] for ids in (prefix_ids, suffix_ids))
+        rows = []
+        for row, length in enumerate(layout.counts.tolist()):
+            before, behind = len(prefixes[row]), length - len(suffixes[row])
+            last = torch.arange(length - num_logits[row], length)
+            more = torch.where(further[row] < before, further[row], further[row] - before + behind) - 1
+            rows.append(torch.cat([last, more]))
+        counts = torch.tensor([len(row) for row in rows])
+        # Where samples want unequally many, padding repeats a position.
+        wanted = torch.stack([row[torch.arange(int(counts.max())).clamp(max=len(row) - 1)] for row in rows])
+        found = self._run(hidden, layout, tokens_per_frame, wanted=wanted, state=None)
+        real = torch.arange(wanted.shape[1]) < counts.unsqueeze(1)
+        return self.backbone.head(found[real.to(found.device)])
+
+    def _apart(
+        self,
+        tokens: Sequence[Video | None],
+        prefix_ids: Sequence[Ids],
+        suffix_ids: Sequence[Ids],
+        num_logits: Sequence[int],
+        frame_texts: Sequence[FrameTexts] | None,
+        predicted: Sequence[Tensor],
+    ) -> Tensor:
+        """``logits`` of a batch in which some samples have a video and others none: a pass each, as rules that look at
+        the data are about samples with a video."""
+        texts = [None] * len(tokens) if frame_texts is None else frame_texts
+        given = tokens, prefix_ids, suffix_ids, num_logits, texts, predicted
+        found: dict[int, Tensor] = {}
+        for rows in ([i for i, v in enumerate(tokens) if (v is None) == alone] for alone in (False, True)):
+            packed = self.logits(*([values[i] for i in rows] for values in given))
+            found |= zip(rows, packed.split([num_logits[i] + len(predicted[i]) for i in rows]))
+        return torch.cat([found[i] for i in range(len(tokens))])
 
     def prefill_video(
         self,
@@ -341,9 +380,10 @@ class Decoder:
             )
         ends = [len(suffix) + 1 - count for suffix, count in zip(suffixes, num_logits or [1] * len(suffixes))]
         videos = [self.compress(video, suffix[:end]) for video, suffix, end in zip(videos, suffixes, ends)]
-        widths = {video.frame_tokens for video in videos}
+        widths = {video.frame_tokens for video in videos if len(video)} or {self.backbone.tokens_per_frame}
         if len(widths) != 1:
             raise ValueError(f"all videos of a batch need the same number of tokens a frame, not {sorted(widths)}")
+        videos = [video if len(video) else replace(video, frame_tokens=min(widths)) for video in videos]
         texts = [_frame_texts(given, video) for given, video in zip(texts, videos)]
         lengths = [[(len(text.before), len(text.behind)) for text in of_video] for of_video in texts]
         layout = TokenLayout.of([(len(p), v, len(s)) for p, v, s in zip(prefixes, videos, suffixes)], lengths)
@@ -364,8 +404,12 @@ class Decoder:
         order = torch.where(between, between.cumsum(0) - 1, len(text) + (~between).cumsum(0) - 1)
         return torch.cat([text, tokens])[order.to(tokens.device)]
 
-    def compress(self, tokens: Video, suffix_ids: Ids = ()) -> VisualTokens:
+    def compress(self, tokens: Video | None, suffix_ids: Ids = ()) -> VisualTokens:
         """The tokens of one video that enter the language model. What this returned is not compressed again."""
+        if tokens is None:
+            none = torch.empty(0, self.backbone.tokens_per_frame, self.backbone.text_config.hidden_size)
+            tokens = VisualTokens.from_frames(none.to(self.backbone.device, self.backbone.dtype))
+            return replace(tokens, compressed=True, shown_frames=0)
         visual = tokens
         if not isinstance(visual, VisualTokens):
             grid = self.backbone.grid if tokens.shape[1] == self.backbone.tokens_per_frame else None
@@ -395,6 +439,8 @@ class Decoder:
         of_videos = (layout.visual | layout.between).sum(1).tolist()  # with the text between the frames
         for count, of_video, video in zip(layout.counts.tolist(), of_videos, videos):
             if count > limit:
+                if not of_video:
+                    raise QuestionError(f"a text of {count} tokens is longer than the {limit} of the language model")
                 frames, merged = video.shown_frames or video.num_frames, self.backbone.merged_frames
                 fits = max(0, (limit - count + of_video) * frames // of_video) * merged
                 raise QuestionError(
@@ -427,6 +473,8 @@ class Decoder:
         observer ends the pass. ``observed``: how many last positions the observer sees.
         """
         plan = self.plan(tokens_per_frame)
+        if plan is None and not any(layout.visual_counts):  # text alone: nothing can leave
+            plan = [tuple(range(tokens_per_frame))] * self.backbone.num_layers
         if plan is None:
             rules = _Rules(self, hidden, layout, wanted, state)
             hidden, layout, wanted = rules.reduce("before_layers", -1, hidden, rules.layout, wanted)
@@ -666,9 +714,14 @@ class _Rules:
             size = pad_sequence([size.float().cpu() for size in found.size], batch_first=True, padding_value=1.0)
             taken = replace(taken, size=size)
         after = torch.zeros_like(layout.slot).scatter_(1, index, torch.arange(index.shape[1]) * real)
+        # Of a position that left, the last one before it that stays: what now stands before the text that follows.
+        stays = torch.zeros_like(layout.real)
+        stays[torch.arange(len(index)).unsqueeze(1).expand_as(index)[real], index[real]] = True
+        last = torch.arange(layout.width).expand_as(stays).masked_fill(~stays, 0).cummax(1).values
+        wanted = after.gather(1, last.gather(1, wanted))
         if found.hidden is None:
-            return gather(hidden, index), taken, after.gather(1, wanted)
-        return pad_sequence(list(found.hidden), batch_first=True).to(hidden.dtype), taken, after.gather(1, wanted)
+            return gather(hidden, index), taken, wanted
+        return pad_sequence(list(found.hidden), batch_first=True).to(hidden.dtype), taken, wanted
 
 
 class _Tables:

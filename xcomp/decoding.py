@@ -77,7 +77,7 @@ _opened: OrderedDict[str, Video] = OrderedDict()
 def inspect(path: str, threads: int, sampling: Sampling, span: Span = None) -> tuple[VideoInfo, float]:
     """A video's properties and candidate frames, and the seconds that it took to open it."""
     started = time.perf_counter()
-    video = _video(path, sampling.reader, threads)
+    video = opened(path, sampling.reader, threads)
     first, count, seconds = 0, video.num_frames, None
     if span is not None:
         try:
@@ -95,7 +95,7 @@ def inspect(path: str, threads: int, sampling: Sampling, span: Span = None) -> t
 def decode(path: str, reader: str, threads: int, frames: Sequence[int], formats: Sequence[PixelFormat]) -> Pixels:
     """The frames of these numbers (ascending) in each format; one frame is held at its own size at a time."""
     started = time.perf_counter()
-    arrays = read_resized(_video(path, reader, threads), frames, formats)
+    arrays = read_resized(opened(path, reader, threads), frames, formats)
     return Pixels(arrays, time.perf_counter() - started)
 
 
@@ -109,7 +109,8 @@ def read_resized(video: Video, frames: Sequence[int], formats: Sequence[PixelFor
     return tuple(np.concatenate(pieces) for pieces in resized)
 
 
-def _video(path: str, reader: str, threads: int) -> Video:
+def opened(path: str, reader: str, threads: int) -> Video:
+    """A video that is open, as one of the last two that were asked for stays."""
     key = f"{reader}, {threads}, {path}"
     if key not in _opened:
         while len(_opened) >= 2:
@@ -193,13 +194,14 @@ class DecodingPool:
     def inspect(self, path: str, span: Span = None) -> Pending:
         """Open a video of which ``span`` (seconds; None: all) is asked about: its result is (:class:`VideoInfo`,
         seconds)."""
-        return self._hand_out(inspect, path, self.threads, self.sampling, span)
+        return self.hand_out(inspect, path, self.threads, self.sampling, span)
 
     def decode(self, path: str, frames: Sequence[int], formats: Sequence[PixelFormat]) -> Pending:
         """Decode frames, ascending and each once: its result is :class:`Pixels`."""
-        return self._hand_out(decode, path, self.sampling.reader, self.threads, list(frames), list(formats))
+        return self.hand_out(decode, path, self.sampling.reader, self.threads, list(frames), list(formats))
 
-    def _hand_out(self, function: Callable[..., Any], path: str, *args: Any) -> Pending:
+    def hand_out(self, function: Callable[..., Any], path: str, *args: Any) -> Pending:
+        """Any other work on a file, ``function(path, *args)``, within the same limits; all of it is pickled."""
         limit = self.options.seconds
         if self._workers is None:
             return Pending(path, limit, None, lambda: function(path, *args))

@@ -62,17 +62,6 @@ def rename_states(state: dict[str, Any], names: Mapping[Any, Any]) -> None:
         group["params"] = sorted((names[key] for key in group["params"]), key=order.__getitem__)
 
 
-def check_sampling(sampling: Sampling, backbone: Backbone) -> None:
-    """ValueError unless whatever number of frames the rule takes fills the clips that are encoded together."""
-    for name in ("multiple", "min_frames"):
-        count = getattr(sampling, name)
-        if count % backbone.clip_frames:
-            raise ValueError(
-                f"sampling.{name} is {count}; it must be a multiple of {backbone.clip_frames}, "
-                "the frames that the backbone encodes together"
-            )
-
-
 class VideoQA(L.LightningModule):
     """Question answering on videos. ``frames`` is the budget given to the selector; None shows all candidates.
 
@@ -99,7 +88,7 @@ class VideoQA(L.LightningModule):
         self.benchmark = benchmark or Benchmark(None)
         generation = (generation or Generation()).limited(self.benchmark.max_new_tokens)
         self.sampling = sampling or Sampling()
-        check_sampling(self.sampling, backbone)
+        backbone.check_sampling(self.sampling)
         self.answerer = Answerer(
             backbone, compressor, selector, budget=frames, generation=generation, batch_size=batch_size, seed=seed
         )
@@ -206,11 +195,22 @@ class VideoQA(L.LightningModule):
                 outcomes[number] = outcome
         return [outcomes[number] for number in range(len(queries))]
 
-    def _encode(self, pixels: list[Tensor]) -> list[VisualTokens]:
-        """Tokens of several videos, resized frames, in one pass of the vision path: clips never interact there."""
-        backbone, together = self.backbone, torch.cat(pixels).to(self.backbone.device)
-        visual = backbone.visual(backbone.pixel_format.normalise(together, backbone.dtype), self.compressor.needs)
-        return visual.split([len(p) // backbone.merged_frames for p in pixels])
+    def _encode(self, samples: Sequence[Sample]) -> list[VisualTokens | None]:
+        """Tokens of several videos in one pass of the vision path, where clips never interact, and of pictures in
+        another; None of samples without any."""
+        backbone = self.backbone
+        found: list[VisualTokens | None] = [None] * len(samples)
+        for images in (False, True):
+            rows = [i for i, s in enumerate(samples) if s.pixels is not None and s.images == images]
+            if not rows:
+                continue
+            together = torch.cat([samples[i].pixels for i in rows]).to(backbone.device)
+            pixels = backbone.pixel_format.normalise(together, backbone.dtype)
+            visual = backbone.images(pixels) if images else backbone.visual(pixels, self.compressor.needs)
+            merged = 1 if images else backbone.merged_frames
+            for row, tokens in zip(rows, visual.split([len(samples[i].pixels) // merged for i in rows])):
+                found[row] = tokens
+        return found
 
     # --- Lightning --------------------------------------------------------------------------------------------------
 
@@ -227,22 +227,39 @@ class VideoQA(L.LightningModule):
         self.log("test/accuracy", self.accuracy, batch_size=len(batch))
 
     def _loss(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy over the answer tokens of a batch, and the share of them that is predicted right."""
+        """Mean cross-entropy over the supervised tokens of a batch, and the share of them that is predicted right."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._vision_is_blind(batch)):
-            tokens = self._encode([s.pixels for s in batch])
-        first = [int((s.text.labels != IGNORED).nonzero()[0]) for s in batch]
-        # The token before a label predicts it, so the last one need not be run.
-        suffixes = [s.text.suffix_ids[:-1] for s in batch]
+            tokens = self._encode(batch)
+        texts = [sample.text for sample in batch]
+        # Where answers begin: a rule that asks for the question takes what stands before.
+        first = [_first_label(t.labels) if t.prompt_length is None else t.prompt_length for t in texts]
+        further, labels = [], []
+        for text, start in zip(texts, first):
+            known = torch.full_like(text.prefix_ids, IGNORED) if text.prefix_labels is None else text.prefix_labels
+            before = torch.cat([known, text.labels[:start]])
+            further.append((before != IGNORED).nonzero()[:, 0])
+            labels += [text.labels[start:], before[further[-1]]]
         logits = self.decoder.logits(
             tokens,
-            [s.text.prefix_ids for s in batch],
-            suffixes,
-            [len(s.text.labels) - f for s, f in zip(batch, first)],
-            [s.text.frame_texts for s in batch],
+            [text.prefix_ids for text in texts],
+            [text.suffix_ids[:-1] for text in texts],  # the token before a label predicts it: the last need not be run
+            [len(text.labels) - start for text, start in zip(texts, first)],
+            [text.frame_texts for text in texts],
+            further,
         )
-        labels = torch.cat([s.text.labels[f:] for s, f in zip(batch, first)]).to(logits.device)
+        labels = torch.cat(labels).to(logits.device)
         right = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean()
-        return cross_entropy(logits.float(), labels, ignore_index=IGNORED), right
+        loss = cross_entropy(logits.float(), labels, ignore_index=IGNORED)
+        if all(sample.pixels is None for sample in batch):
+            # Ranks exchange the gradients of all that is trained: of text alone the vision path's are zeros.
+            unused = [
+                p
+                for part in ("vision", "projector")
+                for module in self.backbone.parts()[part]
+                for p in module.parameters()
+            ]
+            loss = loss + sum((0 * p.float().sum() for p in unused if p.requires_grad), torch.zeros_like(loss))
+        return loss, right
 
     def _vision_is_blind(self, batch: list[Sample]) -> bool:
         """Whether, as in the released training, a long video teaches the language model alone."""
@@ -262,11 +279,10 @@ class VideoQA(L.LightningModule):
         self.log("train/token_accuracy", right, prog_bar=True, sync_dist=True)
 
     def validation_step(self, batch: list[Sample], batch_idx: int) -> None:
-        repeated = self.trainer.datamodule.repeated(batch_idx, len(batch))
-        new = len(batch) - repeated
-        loss, right = self._loss(batch[:new] or batch)  # which ranks that hold a part of the model run together
+        counted = [sample for sample in batch if sample.counted]
+        loss, right = self._loss(counted or batch)  # which ranks that hold a part of the model run together
         for name, value in (("loss", loss), ("token_accuracy", right)):
-            self.validation[name].update(value, weight=new)
+            self.validation[name].update(value, weight=len(counted))
             self.log(f"validation/{name}", self.validation[name], prog_bar=True, batch_size=len(batch))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -344,3 +360,7 @@ class VideoQA(L.LightningModule):
         warmup = math.ceil(tune.warmup_ratio * tune.steps)
         schedule = get_scheduler(LR_SCHEDULES[tune.schedule], optimizer, warmup, tune.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _first_label(labels: Tensor) -> int:
+    return int((labels != IGNORED).nonzero()[0])

@@ -37,7 +37,7 @@ FREE_KEYS = {
         *("allow_missing", "arms", "batch_size", "benchmark", "decoding", "export_frames", "frames", "generation"),
         *("limit", "memory", "selector", *REPORT_KEYS),
         *("tune.gradient_checkpointing", "tune.num_workers", "tune.save_dtype", "tune.save_every", "tune.steps"),
-        *("tune.export", "tune.keep", "tune.lora.merge"),
+        *("tune.export", "tune.keep", "tune.lora.merge", "tune.max_skipped"),
         *("tune.validation", "trainer.limit_val_batches", "trainer.num_sanity_val_steps"),
         *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"),
         *("trainer.enable_checkpointing", "trainer.default_root_dir", "trainer.profiler"),

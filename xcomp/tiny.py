@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from xcomp.backbone import Backbone, Prompt, ShownVideo
+from xcomp.backbone import Backbone, FrameText, Prompt, ShownVideo
 from xcomp.pixels import PixelFormat
 from xcomp.visual import TOWER_FEATURES
 
@@ -84,8 +84,21 @@ class TinyBackbone(Backbone):
     def follow_up(self, question: str) -> Tensor:
         return self._ids(f" {question} ")
 
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        return self.encode(pixels)
+
+    def image_prompt(self, texts: Sequence[str]) -> Prompt:
+        first, *between, last = ["", *texts] if len(texts) == 1 else texts
+        prefix, behind = torch.tensor([1, 2, 3, *self._ids(first).tolist()]), [self._ids(t) for t in (*between, "")]
+        return Prompt(
+            prefix,
+            self._ids(last),
+            torch.tensor([4, 5]),
+            tuple(FrameText(self._ids(""), ids) for ids in behind) if between else None,
+        )
+
     def _ids(self, text: str) -> Tensor:
-        return torch.tensor(self.tokenizer(text)["input_ids"])
+        return torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.long)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         return {"vision": [], "projector": [self.projector], "llm": [self.language_model, self.lm_head]}

@@ -20,11 +20,14 @@ from torch import distributed
 
 from xcomp.adapters import add_adapters, base_of, merge_adapters, save_adapters
 from xcomp.checkpoint import save_compressor, whole_folder
-from xcomp.config import ConfigError, RunConfig
+from xcomp.config import ConfigError, RunConfig, split_component
 from xcomp.contract import check_methods
 from xcomp.data.module import ConversationData
+from xcomp.data.skipped import FILE as SKIPPED
+from xcomp.data.sources import MissingData
 from xcomp.model import VideoQA
 from xcomp.recorded import write_record
+from xcomp.registry import configure
 from xcomp.resuming import Resume, StopAtStep, best_checkpoint, clear_leftovers, newest_checkpoint
 from xcomp.run import check_run, flat, hold_run, note_run, open_run
 from xcomp.sharding import check_sharded, gathered, is_sharded
@@ -61,6 +64,7 @@ def tune(config: RunConfig) -> Path:
 def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
     folder = config.folder
     resume = _resume(config, trainer)
+    data = _read_data(config, trainer.is_global_zero)
     model = VideoQA.from_config(config)
     check_methods("backbone", model.backbone, "follow_up", "parts", "save_pretrained")  # before hours of work
     if is_sharded(trainer):
@@ -69,18 +73,23 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
         add_adapters(model.backbone, config.tune.lora, config.seed)
     model.freeze_untrained()
     model.backbone.train()
-    data = ConversationData(config, model.backbone)
+    data.attach(model.backbone, model.compressor)
     if trainer.is_global_zero:
         if (folder / "run.json").is_file():
             clear_leftovers(folder)
             _note_tuned(folder)
         open_run(config, "tune")
         _tell(config, resume)
+        data.note_refused()
     try:
         with signals(*stop.SIGNALS):
             trainer.fit(model, datamodule=data, ckpt_path=resume and str(resume.path), weights_only=True)
     except MisconfigurationException as error:  # an option that fits no data like these
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+    finally:
+        data.close()
+        if trainer.is_global_zero:
+            _tell_skipped(data)
     if stop.number is not None and trainer.checkpoint_callbacks:  # in the last step, after which one was written
         raise stop.stopped(trainer)
     with gathered(model):
@@ -125,6 +134,34 @@ def _save_model(model: VideoQA, config: RunConfig, step: int) -> None:
         raise OSError(
             f"model '{folder}' cannot be written: {reason}; once there is room the same command writes it"
         ) from error
+
+
+def _read_data(config: RunConfig, tell: bool) -> ConversationData:
+    """The run's records, before a model is loaded for them; with ``tell``, lines on stderr about what is not taken."""
+    try:
+        data = ConversationData(config)
+        name, options = split_component("backbone", config.backbone)
+        data.check(configure("backbone", name, options, config.plugins)[0], f"backbone '{name}'")
+    except MissingData as error:
+        for line in error.lines if tell else ():
+            print(f"xcomp: {line}", file=sys.stderr)
+        raise
+    for where, records in data.records.items() if tell else ():
+        lines = [*(f"left out, as it is missing: {line}" for line in records.missing), *records.notes]
+        if records.refused:
+            first = records.refused[0].reason
+            lines.append(f"{len(records.refused)} {where} records are refused ({SKIPPED}), the first: {first}")
+        for line in lines:
+            print(f"xcomp: {line}", file=sys.stderr)
+    return data
+
+
+def _tell_skipped(data: ConversationData) -> None:
+    for name in data.records:
+        if skipped := len(data.skipped(name)):
+            print(
+                f"xcomp: {skipped} {name} records left out; which and why: {data.skipped(name).path}", file=sys.stderr
+            )
 
 
 # --- where a run stands -----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """From instruction records to token ids: what is read, what is refused, and which tokens are supervised."""
 
-import json
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import torch
 import xcomp
 from xcomp.backbone import ShownVideo
 from xcomp.config import ConfigError
-from xcomp.data.records import IGNORED, Conversation, load_conversations, parse_record, tokenise
+from xcomp.data.records import IGNORED, Conversation, parse_record, tokenise
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cross."}]
 RECORD = {"video": "a/b.mp4", "conversations": TURNS}
@@ -19,7 +19,9 @@ RECORD = {"video": "a/b.mp4", "conversations": TURNS}
 
 def test_a_record_is_cleaned():
     parsed = parse_record({**RECORD, "id": "extra keys are fine"}, "/data", "here")
-    assert parsed == Conversation("/data/a/b.mp4", (("What is it?", "A cross."),))
+    turns = (("What is it?", "A cross."),)
+    assert parsed == Conversation("/data/a/b.mp4", turns, texts=("", "\nWhat is it?"), where="here")
+    assert parsed.kind == "video" and parsed.media == ("/data/a/b.mp4",)
     assert parse_record({**RECORD, "video": "/else/b.mp4"}, "/data", "here").video == "/else/b.mp4"
     assert parse_record(RECORD, "", "here").video == "a/b.mp4"
 
@@ -27,121 +29,110 @@ def test_a_record_is_cleaned():
 def test_roles_may_be_called_as_in_chats():
     turns = [{"role": "user", "content": "<image>Q1"}, {"role": "assistant", "content": "A1"}]
     turns += [{"role": "user", "content": "Q2"}, {"role": "assistant", "content": "A2"}]
-    assert parse_record({"video": "v", "conversations": turns}, "", "here").turns == (("Q1", "A1"), ("Q2", "A2"))
+    for key in ("conversations", "messages"):
+        assert parse_record({"video": "v", key: turns}, "", "here").turns == (("Q1", "A1"), ("Q2", "A2"))
 
 
-def turns(*texts, names=("human", "gpt")):
-    return {"video": "v.mp4", "conversations": [{"from": names[i % 2], "value": t} for i, t in enumerate(texts)]}
+def turns(*texts, names=("human", "gpt"), **media):
+    media = media or {"video": "v.mp4"}
+    return {**media, "conversations": [{"from": names[i % 2], "value": t} for i, t in enumerate(texts)]}
+
+
+@pytest.mark.parametrize(
+    "record, kind, media, texts",
+    [
+        (turns("<image>\nQ", "A", image="i.png"), "image", ("/d/i.png",), ("", "\nQ")),
+        (turns("<image>\nQ", "A", image=["i.png"]), "image", ("/d/i.png",), ("", "\nQ")),
+        (turns("Q <image>", "A", image="i.png"), "image", ("/d/i.png",), ("", "\nQ")),  # it is moved to the front
+        (turns("<image> Q", "A", image="i.png"), "image", ("/d/i.png",), ("", " Q")),  # but only if it must be
+        (turns("Q <video>\n", "A", video="v.mp4"), "video", ("/d/v.mp4",), ("", "\nQ")),
+        (turns("<video>Q", "A", video="v.mp4"), "video", ("/d/v.mp4",), ("", "Q")),
+        (turns("a<image>b<image> c", "A", image=["i", "j"]), "images", ("/d/i", "/d/j"), ("a", "b", " c")),
+        (turns("a<image>b<image> c", "A", images=["i", "j"]), "images", ("/d/i", "/d/j"), ("a", "b", " c")),
+        (turns("Q", "A", video=None), "text", (), ("Q",)),
+        (turns("Q", "A", image=None, video=None), "text", (), ("Q",)),
+    ],
+)
+def test_kinds_of_records_and_where_their_media_stand(record, kind, media, texts):
+    found = parse_record(record, "/d", "here")
+    assert (found.kind, found.media, found.texts) == (kind, media, texts)
+
+
+def test_media_types_decide_what_is_joined_and_taken():
+    record = turns("<image>Q", "A", image="i.png")
+    for media_type, path in ((None, "/d/i.png"), ("image", "/d/i.png"), ("mix", "i.png"), ("text", "i.png")):
+        assert parse_record(record, "/d", "here", media_type=media_type).images == (path,)
+    with pytest.raises(ConfigError, match="here: it names 'image', but the data set's media_type is 'video'"):
+        parse_record(record, "/d", "here", media_type="video")
+
+
+def test_spans_reading_and_lengths_are_kept():
+    record = {**turns("<image>Q", "A"), "start": 1, "end": 2.5, "video_read_type": "gif", "duration": 30}
+    found = parse_record(record, "", "here")
+    assert (found.span, found.read_type, found.duration) == ((1, 2.5), "gif", 30)
+    assert parse_record(record, "", "here", read_type="img").read_type == "img"  # the data set's comes first
+    assert parse_record({**turns("<image>Q", "A"), "end": 2}, "", "here").span == (None, 2)
+    assert parse_record({**turns("<image>Q", "A"), "start": None, "end": None}, "", "here").span is None
+
+
+def test_what_the_released_training_takes_away_is_taken_away_and_told():
+    notes = Counter()
+    record = turns("<image>\nQ QA_GT_caption_based_noisy", "A")
+    record["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    found = parse_record({**record, "source": "x"}, "", "here", notes=notes)
+    assert found.texts == ("", "\nQ ") and found.turns == (("Q", "A"),)
+    assert notes == {"first turn from 'system' is dropped": 1, "key 'source' is not read": 1}
 
 
 @pytest.mark.parametrize(
     "record, message",
     [
-        ("v.mp4", "must be a mapping with 'video' and 'conversations', not 'v.mp4'"),
-        ({"conversations": TURNS}, "'video' must be a path, not None"),
+        ("v.mp4", "must be a mapping with 'conversations' and what they are about, not 'v.mp4'"),
         ({"video": ["a", "b"], "conversations": TURNS}, "'video' must be a path"),
         ({"video": "", "conversations": TURNS}, "'video' must be a path, not ''"),
+        ({"image": [], "conversations": TURNS}, r"'image' must be a path or a list of paths, not \[\]"),
+        ({"image": [3], "conversations": TURNS}, "'image' must be a path or a list of paths"),
+        ({"video": "v", "image": "i", "conversations": TURNS}, "it names 'video' and 'image'; a record is about one"),
         ({"video": "v.mp4"}, "'conversations' must be a list of turns, not None"),
         ({"video": "v.mp4", "conversations": "Q"}, "'conversations' must be a list of turns, not 'Q'"),
         ({"video": "v.mp4", "conversations": ["Q", "A"]}, "'conversations' must be a list of turns"),
-        ({"video": "v.mp4", "conversations": []}, "turns must alternate between human and gpt, not \\[\\]"),
-        (turns("Q"), "turns must alternate between human and gpt, not \\['user'\\]"),
-        (turns("Q", "A", "Q"), "turns must alternate"),
+        ({"video": "v", "conversations": TURNS, "messages": TURNS}, "it has 'conversations' and 'messages'; give one"),
+        ({"video": "v.mp4", "conversations": []}, "turns must alternate between human and gpt and .*, not \\[\\]"),
+        (turns("<image>Q"), "turns must alternate .* and end with an answer, not \\['user'\\]"),
+        (turns("<image>Q", "A", "Q"), "turns must alternate"),
         (turns("A", "Q", names=("gpt", "human")), "turns must alternate"),
-        (turns("Q", "A", names=("system", "gpt")), "turns must alternate .*'system'"),
+        (turns("A", "Q", "A", names=("system", "gpt")), "turns must alternate .*'system'"),
         (turns("Q", None), "every turn must have a text in 'value'"),
         (turns("Q", ""), "every turn must have a text in 'value'"),
         (turns(3, "A"), "every turn must have a text in 'value'"),
-        (turns("<image>Q", "A", "<image>Q", "A"), "'<image>' must stand for the one video"),
+        (turns("<image>Q", " \n"), "an answer is blank, so there is nothing to learn from it"),
+        (turns("<image>Q", "QA_GT_caption_based_noisy"), "an answer is blank"),
+        (turns("Q", "A"), "it has 1 video and no placeholder; write <image> or <video> once for each"),
+        (turns("<image><video>Q", "A"), "it has 1 video and 2 placeholders"),
+        (turns("<image>Q", "A", image=["i", "j"]), "it has 2 pictures and 1 placeholder; write <image> once"),
+        (turns("<image>Q", "A", video=None), "it has no picture and 1 placeholder"),
+        (turns("<video>Q", "A", image="i"), "'<video>' stands for a picture; write <image>"),
+        (turns("Q", "A", "<image>Q", "A"), "turn 3 holds a placeholder; media must stand in the first question"),
+        (turns("<image>Q", "<image>A"), "turn 2 holds a placeholder"),
+        ({**RECORD, "start": "1"}, "'start' must be seconds, not '1'"),
+        ({**RECORD, "start": -1}, "'start' must be seconds, not -1"),
+        ({**RECORD, "end": float("nan")}, "'end' must be seconds"),
+        ({**RECORD, "start": 3, "end": 3}, "the span ends at 3 s, where it begins \\(3 s\\) or before"),
+        (
+            {**turns("<image>Q", "A", image="i"), "start": 1},
+            "'start' and 'end' are seconds of a video, and there is none",
+        ),
+        ({**RECORD, "video_read_type": "imgs"}, "video_read_type is 'imgs'; did you mean 'img'"),
+        ({"vidoe": "v", "conversations": TURNS}, "key 'vidoe' is unknown; did you mean 'video'"),
+        ({**RECORD, "strat": 1}, "key 'strat' is unknown; did you mean 'start'"),
+        ({**RECORD, "Start": 1}, "key 'Start' is unknown; did you mean 'start'"),
+        ({**RECORD, "audio": "a.wav"}, "key 'audio' is not supported; keys that are read: video, image"),
+        ({"video": "v", "conversations": [{**TURNS[0], "weight": 0}, TURNS[1]]}, "a turn's 'weight' is not supported"),
     ],
 )
 def test_a_bad_record_is_refused_by_name(record, message):
     with pytest.raises(ConfigError, match=f"^record 7:? {message}"):
         parse_record(record, "", "record 7")
-
-
-# --- sources ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def source(tmp_path):
-    """Writes a records file and names it as a source."""
-
-    def write(content, name="records.json", **options):
-        path = tmp_path / name
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-        return {"records": str(path), **options}
-
-    return write
-
-
-def test_json_and_jsonl_hold_the_same(source):
-    odd = turns("line\u2028separator", "a\u0085b")  # line ends to splitlines, but not to JSON
-    lines = "\n".join(json.dumps(r, ensure_ascii=False) for r in (RECORD, odd)) + "\n\n"
-    from_json, from_lines = (load_conversations([s]) for s in (source([RECORD, odd]), source(lines, "records.jsonl")))
-    assert from_json == from_lines and len(from_json) == 2
-    assert from_json[1].turns == (("line\u2028separator", "a\u0085b"),)
-
-
-def test_sources_are_joined_repeated_and_rooted(source):
-    first = source([RECORD], root="/one", repeat=2, frames=[8, 16])
-    second = source([turns("Q", "A")], "second.json")
-    found = load_conversations([first, second])
-    assert [c.video for c in found] == ["/one/a/b.mp4", "/one/a/b.mp4", "v.mp4"]
-    assert [c.frames for c in found] == [(8, 16), (8, 16), ()]
-
-
-def test_a_benchmark_with_training_records_is_a_source(needle_videos):
-    needle = {"name": "needle", "split": "train", **needle_videos}
-    found = load_conversations([{"benchmark": needle, "tasks": ["describe", "choice"]}])
-    assert len(found) == 2 * (1 + 4) and len({c.video for c in found}) == 2
-    assert sum(question == "Describe the video." for c in found for question, _ in c.turns) == 2
-    assert all(answer in "ABCD" for c in found for question, answer in c.turns if question != "Describe the video.")
-
-
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ("file.json", r"tune.data\[0\] must be a mapping with either 'records' \(a file\) or 'benchmark'"),
-        ({}, "must be a mapping with either"),
-        ({"records": "a", "benchmark": "needle"}, "must be a mapping with either"),
-        ({"records": "a", "rot": "/"}, r"tune.data\[0\] has no key 'rot'; did you mean 'root'\? keys: records, root"),
-        ({"records": "a", 3: "/"}, "has no key '3'"),
-        ({"records": ["a"]}, r"records is \['a'\]; it must be a file"),
-        ({"records": "nowhere.json"}, "records file 'nowhere.json' cannot be read: No such file"),
-        ({"benchmark": "nedle"}, "unknown benchmark 'nedle'; did you mean 'needle'"),
-        ({"benchmark": "needle", "tasks": "open"}, "tasks is 'open'; it must be a list"),
-        ({"benchmark": "needle", "tasks": ["opn"]}, "tasks: 'opn' is not one of"),
-        ({"records": "a", "repeat": 0}, "repeat is 0; it must be a whole number of at least 1"),
-        ({"records": "a", "repeat": 1.5}, "repeat is 1.5"),
-        ({"records": "a", "repeat": True}, "repeat is True"),
-        ({"records": "a", "frames": 8}, "frames is 8; it must be a list of whole numbers of at least 1"),
-        ({"records": "a", "frames": [8, 0]}, r"frames is \[8, 0\]"),
-    ],
-)
-def test_a_bad_source_is_refused(given, message):
-    with pytest.raises(ValueError, match=message):
-        load_conversations([given])
-
-
-@pytest.mark.parametrize(
-    "content, name, message",
-    [
-        ("[{", "records.json", "records file '.*records.json' is not JSON"),
-        ("{}\n{", "records.jsonl", "records file '.*records.jsonl' is not JSON"),
-        (RECORD, "records.json", "must hold a list of records, not a dict"),
-        ([], "records.json", "there are no records; 'tune.data' lists where they come from"),
-        ([RECORD, "v.mp4"], "records.json", r"tune.data\[0\], record 1 must be a mapping"),
-    ],
-)
-def test_a_bad_file_is_refused(source, content, name, message):
-    with pytest.raises(ConfigError, match=message):
-        load_conversations([source(content, name)])
-
-
-def test_errors_name_the_list_the_source_stands_in():
-    with pytest.raises(ConfigError, match=r"tune.validation\[0\] must be a mapping"):
-        load_conversations(["x"], where="tune.validation")
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------

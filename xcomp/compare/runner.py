@@ -50,7 +50,6 @@ from xcomp.inflight import PixelBudget, VideoInFlight
 from xcomp.ledger import shares
 from xcomp.memory import PeakMemory
 from xcomp.messages import nearest, printable
-from xcomp.model import check_sampling
 from xcomp.recorded import tell_others
 from xcomp.registry import configure
 from xcomp.run import check_run, hold_run, make_trainer, open_run
@@ -210,7 +209,7 @@ class Comparison:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # `cuda` without a number is this process's own
         backbone = build_component("backbone", arms[0].backbone, config.plugins)
-        check_sampling(config.sampling, backbone)
+        backbone.check_sampling(config.sampling)
         parts: dict[str, Any] = {}  # arms that name the same part share it, and what was computed with it
         answerers = {}
         for arm in arms:

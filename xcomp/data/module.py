@@ -1,33 +1,39 @@
-"""Training batches: conversations about video files, decoded and tokenised in worker processes."""
+"""Training batches: conversations with their frames, read ahead in processes of their own, in an order that resumes."""
 
 from __future__ import annotations
 
-import signal
+import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, cycle, islice
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DistributedSampler
 
 from xcomp.backbone import Backbone, ShownVideo
-from xcomp.config import RunConfig, Sampling
-from xcomp.data.records import Conversation, TokenisedConversation, load_conversations, tokenise
-from xcomp.decoding import read_resized
-from xcomp.sampling import uniform_indices
-from xcomp.video import Video
+from xcomp.compressor import Compressor, defines
+from xcomp.config import ConfigError, Decoding, RunConfig, Sampling
+from xcomp.contract import name_of
+from xcomp.data.media import Media, MediaRequest, read_media
+from xcomp.data.order import EpochOrder, drawn_frames, estimated_tokens
+from xcomp.data.records import Conversation, TokenisedConversation, tokenise
+from xcomp.data.skipped import Skipped
+from xcomp.data.sources import Records, Refused, read_records
+from xcomp.decoding import DecodingPool, Pending
+from xcomp.video import VideoError
 
 
 @dataclass
 class Sample:
-    """One conversation ready for the model: resized frames (T, 3, h, w) uint8 and token ids."""
+    """One conversation ready for the model: resized frames or pictures (T, 3, h, w) uint8, if any, and token ids."""
 
-    pixels: Tensor
+    pixels: Tensor | None
     text: TokenisedConversation
+    images: bool = False  # pictures, each of which is encoded on its own
+    counted: bool = True  # in a validation: not one that another rank has too, or that stands in for another
 
     def size(self, backbone: Backbone) -> tuple[int, int]:
         """Tokens that enter the language model before anything leaves, and frames."""
@@ -40,8 +46,15 @@ class Sample:
         return sum(map(len, text)) + frames // backbone.merged_frames * backbone.tokens_per_frame, frames
 
 
-class ConversationDataset(Dataset):
-    """Conversations as samples. ``frames``: frame counts to draw from (seeded by the item); empty: by ``sampling``."""
+class SampleError(ValueError):
+    """A conversation that is no sample for the model, e.g. because it is too long."""
+
+
+class ConversationDataset:
+    """Conversations as samples. ``frames``: frame counts to draw from (seeded by the item); empty: by ``sampling``.
+
+    ``limit``: the longest sequence that is a sample, in tokens as they leave the vision path; None: any.
+    """
 
     def __init__(
         self,
@@ -51,93 +64,157 @@ class ConversationDataset(Dataset):
         frames: Sequence[int] = (),
         sampling: Sampling | None = None,
         seed: int = 0,
+        format: str = "answers",
+        limit: int | None = None,
     ):
         self.conversations = conversations
         self.backbone = backbone
         self.frames = tuple(frames)
         self.sampling = sampling or Sampling()
         self.seed = seed
+        self.format = format
+        self.limit = limit
 
     def __len__(self) -> int:
         return len(self.conversations)
 
     def __getitem__(self, item: int) -> Sample:
+        """Read here and now.
+
+        Raises:
+            VideoError: if its media cannot be read.
+            SampleError: if it is no sample.
+        """
+        with DecodingPool(Decoding(workers=0), self.sampling) as pool:
+            return self.sample(item, self.read(item, pool))
+
+    def read(self, item: int, pool: DecodingPool) -> Pending | None:
+        """Have an item's media read; None where it has none."""
         conversation = self.conversations[item]
-        with Video(conversation.video, reader=self.sampling.reader) as video:
-            indices = self._indices(video, item, conversation.frames or self.frames)
-            rows = {index: row for row, index in enumerate(sorted(set(indices)))}
-            (resized,) = read_resized(video, list(rows), (self.backbone.pixel_format,))
-            pixels = torch.from_numpy(resized)[[rows[index] for index in indices]]
-            times = tuple(video.times(indices))
-            shown = ShownVideo(video.duration, len(indices), times)
-        return Sample(pixels, tokenise(self.backbone, conversation, shown))
+        if not conversation.media:
+            return None
+        request = MediaRequest(
+            self.backbone.pixel_format,
+            images=conversation.images,
+            sampling=conversation.sampling or self.sampling,
+            count=drawn_frames(conversation, self.frames, self.seed, item),
+            span=conversation.span,
+            is_folder=conversation.read_type in ("img", "frame"),
+        )
+        return pool.hand_out(read_media, conversation.media[0], request, pool.threads)
 
-    def _indices(self, video: Video, item: int, frames: tuple[int, ...]) -> list[int]:
-        if not frames:
-            return self.sampling.candidates(video.num_frames, video.fps)
-        generator = torch.Generator().manual_seed(hash((self.seed, item)) & 0x7FFFFFFF)
-        count = frames[int(torch.randint(len(frames), (1,), generator=generator))]
-        return uniform_indices(video.num_frames, count)
+    def sample(self, item: int, reading: Pending | None) -> Sample:
+        """The sample of an item whose media are being read; errors as above."""
+        conversation = self.conversations[item]
+        media: Media | None = None if reading is None else reading.result()
+        video = None
+        if media is not None and media.seconds is not None:
+            video = ShownVideo(media.seconds, len(media.pixels), media.times)
+        text = tokenise(self.backbone, conversation, video, self.format)
+        self._check(conversation, text, 0 if media is None else len(media.pixels))
+        pixels = None if media is None else torch.from_numpy(media.pixels)
+        return Sample(pixels, text, images=bool(conversation.images))
 
+    def _check(self, conversation: Conversation, text: TokenisedConversation, frames: int) -> None:
+        if not text.num_labels:
+            raise SampleError(f"{conversation.where}: no token of it is supervised, so there is nothing to learn")
+        groups = frames if conversation.images else frames // self.backbone.merged_frames
+        between = sum(len(ids) for texts in text.frame_texts or () for ids in texts)
+        length = len(text.prefix_ids) + groups * self.backbone.tokens_per_frame + between + len(text.suffix_ids) - 1
+        if self.limit is not None and length > self.limit:
+            raise SampleError(
+                f"{conversation.where}: a sequence of {length} tokens ({frames} frames), but the language model takes "
+                f"{self.limit}; show fewer frames"
+            )
 
-def collate(samples: list[Sample]) -> list[Sample]:
-    """A batch is a list: videos and texts of unequal length go to the decoder as they are."""
-    return samples
-
-
-def start_worker(worker: int) -> None:
-    """Leave Ctrl-C and the first SIGTERM to the main process: a terminal or batch system sends them to all processes.
-
-    The main process still needs batches to finish its step, and shuts its workers down itself.
-    """
-    pl_worker_init_function(worker)  # Lightning's own, in whose place this one is
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-class EpochOrder(DistributedSampler):
-    """Each epoch's order follows from seed and epoch alone, and so does what every optimizer step sees.
-
-    A step takes ``batch_size`` × ranks × ``accumulated`` records that stand together in the order, batch by batch to
-    the ranks in turn: as many records a step make the same steps with any number of ranks. What is left at the end of
-    an epoch waits for the next; fewer records than a step are taken over and over, but by a single rank that
-    accumulates none, whose only batch is then smaller. The first ``skip`` items of the next epoch are left out.
-    """
-
-    skip = 0
-
-    def __init__(self, dataset: Dataset, batch_size: int, *, ranks: int = 1, rank: int = 0, accumulated: int = 1,
-                 seed: int = 0):  # fmt: skip
-        super().__init__(dataset, num_replicas=ranks, rank=rank, seed=seed, drop_last=True)
-        self.batch_size, self.per_step = batch_size, batch_size * ranks * accumulated
-        whole = len(dataset) // self.per_step * self.per_step
-        self.total_size = whole or (len(dataset) if self.per_step == batch_size else self.per_step)
-        self.num_samples = self.total_size // ranks
-
-    def __iter__(self) -> Iterator[int]:
-        skip, self.skip = self.skip, 0
-        noise = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.dataset), generator=noise).tolist()
-        order = list(islice(cycle(order), self.total_size))
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        return islice(chain.from_iterable(batches[self.rank :: self.num_replicas]), skip, None)
+    def lengths(self) -> list[int]:
+        """Of each item, in tokens, as far as can be told without opening its media."""
+        tokens = self.backbone.tokens_per_frame / self.backbone.merged_frames
+        return [
+            estimated_tokens(c, drawn_frames(c, self.frames, self.seed, item), c.sampling or self.sampling, tokens)
+            for item, c in enumerate(self.conversations)
+        ]
 
 
-class ResumableLoader(DataLoader):
-    """Goes on in the middle of an epoch, with the batches that an uninterrupted run would have seen.
+class SampleLoader:
+    """Batches of samples in the order of a sampler, read ahead by a pool of processes.
 
-    Lightning keeps ``state_dict`` in its checkpoints; it counts the batches of all ranks, so that another number of
-    ranks goes on from it. Its ``sampler`` is an ``EpochOrder``.
+    It goes on in the middle of an epoch, with the batches that an uninterrupted run would have seen: Lightning keeps
+    ``state_dict`` in its checkpoints; it counts the batches of all ranks, so that another number of ranks goes on from
+    it. In the place of an item that cannot be read, or is known not to be, comes the next one that can.
     """
 
+    batch_sampler = None  # Lightning looks for one where there is a sampler
     _start = _yielded = 0  # batches of this epoch
+
+    def __init__(
+        self,
+        dataset: ConversationDataset,
+        sampler: DistributedSampler,
+        batch_size: int,
+        pool: DecodingPool,
+        skipped: Skipped,
+    ):
+        self.dataset, self.sampler, self.batch_size = dataset, sampler, batch_size
+        self.pool, self.skipped = pool, skipped
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.sampler) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[Sample]]:
         self._yielded, self._start = self._start, 0
         self.sampler.skip = self._yielded * self.batch_size
-        for batch in super().__iter__():
-            self._yielded += 1
-            yield batch
+        items = list(self.sampler)
+        # One sample more than there are processes: none of them waits for the model to take what is ready.
+        ahead = self.batch_size + self.pool.workers + 1 if self.pool.workers else 1
+        reading: deque[tuple[int, Pending | None]] = deque()
+        batch: list[Sample] = []
+        try:
+            for taken, item in enumerate(items):
+                while len(reading) < min(ahead, len(items) - taken):
+                    reading.append(self._read(items[taken + len(reading)]))
+                found, sample = self._sample(*reading.popleft())
+                sample.counted = found == item and not self._is_repeated(taken)
+                batch.append(sample)
+                if len(batch) == self.batch_size or taken + 1 == len(items):
+                    self._yielded += 1
+                    ready, batch = batch, []
+                    yield ready
+        finally:
+            for _, pending in reading:
+                if pending is not None:
+                    pending.cancel()
+
+    def _is_repeated(self, place: int) -> bool:
+        """Whether what stands there in this rank's order is there to make ranks equally long."""
+        return place * self.sampler.num_replicas + self.sampler.rank >= len(self.dataset)
+
+    def _read(self, item: int) -> tuple[int, Pending | None]:
+        item = self._next(item) if self._is_known(item) else item
+        return item, self.dataset.read(item, self.pool)
+
+    def _sample(self, item: int, reading: Pending | None) -> tuple[int, Sample]:
+        """The sample of an item, or of the next that is one."""
+        while True:
+            conversation = self.dataset.conversations[item]
+            if not self._is_known(item):  # as it may be by now
+                try:
+                    return item, self.dataset.sample(item, reading)
+                except (VideoError, SampleError) as error:
+                    media = conversation.media[0] if conversation.media else None
+                    self.skipped.add(Refused(conversation.where, str(error), media))
+            item, reading = self._read(item)
+
+    def _is_known(self, item: int) -> bool:
+        return self.dataset.conversations[item].where in self.skipped
+
+    def _next(self, item: int) -> int:
+        """The next item that is not known to be no good."""
+        number = len(self.dataset)
+        for step in range(1, number):
+            if not self._is_known((item + step) % number):
+                return (item + step) % number
+        raise ConfigError(f"no record of {self.skipped.source} can be used; why is in {self.skipped.path}")
 
     def state_dict(self) -> dict[str, int]:
         return {"batches": self._yielded % len(self) * self.sampler.num_replicas}
@@ -147,54 +224,112 @@ class ResumableLoader(DataLoader):
 
 
 class ConversationData(L.LightningDataModule):
-    """The training and validation conversations of a run."""
+    """The training and validation conversations of a run: read and checked when made, before there is a model.
 
-    def __init__(self, config: RunConfig, backbone: Backbone):
+    Raises:
+        ConfigError: as :func:`xcomp.data.sources.read_records` does.
+    """
+
+    def __init__(self, config: RunConfig):
         super().__init__()
         self.config = config
-        self.backbone = backbone
-        self.train_set = self._dataset(config.tune.data, "tune.data")
-        validation = config.tune.validation
-        self.validation_set = self._dataset(validation, "tune.validation") if validation else None
+        self.records = {"train": self._records(config.tune.data, "tune.data")}
+        if config.tune.validation:
+            self.records["validation"] = self._records(config.tune.validation, "tune.validation")
+        self._pool: DecodingPool | None = None
 
-    def _dataset(self, sources: Sequence, where: str) -> ConversationDataset:
+    def _records(self, sources: Sequence[Any], where: str) -> Records:
         c = self.config
-        conversations = load_conversations(sources, c.plugins, where)
-        for count in sorted({*c.tune.frames, *(n for conversation in conversations for n in conversation.frames)}):
-            self.backbone.check_frames(count)
-        return ConversationDataset(conversations, self.backbone, frames=c.tune.frames, sampling=c.sampling, seed=c.seed)
+        return read_records(sources, c.plugins, where, sampling=c.sampling, max_skipped=c.tune.max_skipped)
 
-    def _loader(self, kind: type[DataLoader], dataset: ConversationDataset, **options: Any) -> DataLoader:
-        workers = self.config.tune.num_workers
-        return kind(
-            dataset,
-            batch_size=self.config.tune.batch_size,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            collate_fn=collate,
-            worker_init_fn=start_worker,
-            **options,
-        )
+    def check(self, backbone: type[Backbone], who: str) -> None:
+        """ConfigError unless a backbone of this class, called ``who``, takes what the records hold."""
+        for records in self.records.values():
+            for kind in records.kinds:
+                if kind != "video" and backbone.image_prompt is Backbone.image_prompt:
+                    first = next(c.where for c in records.conversations if c.kind == kind)
+                    what = {"text": "text alone"}.get(kind, "pictures")
+                    raise ConfigError(
+                        f"{first}: {who} trains on videos alone, not on {what} (it has no image_prompt()); 'kinds: "
+                        "[video]' of the source leaves such records out"
+                    )
+        if self.config.tune.format == "released" and backbone.training_text is Backbone.training_text:
+            raise ConfigError(f"tune.format is 'released', which {who} does not know (it has no training_text())")
 
-    def train_dataloader(self) -> DataLoader:
-        ranks, rank = self._ranks()
+    def attach(self, backbone: Backbone, compressor: Compressor) -> None:
+        """Name the model that samples are for. ConfigError if it cannot take them."""
+        self.check(type(backbone), name_of("backbone", backbone))
+        tune = self.config.tune
+        for records in self.records.values():
+            for count in sorted({*tune.frames, *(n for c in records.conversations for n in c.frames)}):
+                backbone.check_frames(count)
+            for sampling in {id(c.sampling): c.sampling for c in records.conversations if c.sampling}.values():
+                backbone.check_sampling(sampling)
+            needs = [need for need in compressor.needs if need != "grid"]
+            if needs and not records.kinds.keys().isdisjoint(("image", "images")):
+                raise ConfigError(
+                    f"{name_of('compressor', compressor)} needs '{', '.join(needs)}' of the vision tower, which is "
+                    "known of videos alone; 'kinds: [video, text]' of the source leaves pictures out"
+                )
+        # Where tokens may leave before the language model, only the model itself can tell what fits.
+        early = any(defines(compressor, method) for method in ("compress", "before_llm"))
+        limit = None if early else backbone.text_config.max_position_embeddings
+        self.datasets = {
+            name: ConversationDataset(
+                records.conversations,
+                backbone,
+                frames=tune.frames,
+                sampling=self.config.sampling,
+                seed=self.config.seed,
+                format=tune.format,
+                limit=limit,
+            )
+            for name, records in self.records.items()
+        }
+
+    def skipped(self, name: str) -> Skipped:
+        """What is left out of a set; records that were refused as they were read are among it."""
+        records, share = self.records[name], self.config.tune.max_skipped
+        total = len(records.conversations) + len(records.refused)
+        return Skipped(self.config.folder, name, int(share * total), total, share)
+
+    def note_refused(self) -> None:
+        """Write down what was refused as it was read, into the run folder."""
+        for name, records in self.records.items():
+            skipped = self.skipped(name)
+            for refused in records.refused:
+                skipped.add(refused)
+
+    @property
+    def pool(self) -> DecodingPool:
+        if self._pool is None:
+            ranks = self.trainer.world_size if self.trainer else 1
+            decoding = replace(self.config.decoding, workers=self.config.tune.num_workers)
+            self._pool = DecodingPool(decoding, self.config.sampling, ranks=ranks)
+        return self._pool
+
+    def close(self) -> None:
+        """Ends the processes that read ahead."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def train_dataloader(self) -> SampleLoader:
+        data, size, (ranks, rank) = self.datasets["train"], self.config.tune.batch_size, self._ranks()
         accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
-        batch_size, seed = self.config.tune.batch_size, self.config.seed
-        order = EpochOrder(self.train_set, batch_size, ranks=ranks, rank=rank, accumulated=accumulated, seed=seed)
-        return self._loader(ResumableLoader, self.train_set, sampler=order)
+        wanted = self.config.tune.group_by_length
+        lengths = data.lengths() if (size > 1 if wanted is None else wanted) else None
+        options = {"ranks": ranks, "rank": rank, "accumulated": accumulated, "seed": self.config.seed}
+        order = EpochOrder(data, size, lengths=lengths, **options)
+        return SampleLoader(data, order, size, self.pool, self.skipped("train"))
 
-    def val_dataloader(self) -> DataLoader | list:
-        if self.validation_set is None:
+    def val_dataloader(self) -> SampleLoader | list:
+        if "validation" not in self.datasets:
             return []
-        ranks, rank = self._ranks()  # as many batches on every rank: what the last ones repeat has no weight
-        order = DistributedSampler(self.validation_set, num_replicas=ranks, rank=rank, shuffle=False)
-        return self._loader(DataLoader, self.validation_set, sampler=order)
-
-    def repeated(self, batch_idx: int, size: int) -> int:
-        """How many of a validation batch's ``size`` samples other ranks have too, at its end."""
-        ranks, rank = self._ranks()
-        first = batch_idx * self.config.tune.batch_size
-        return sum((first + i) * ranks + rank >= len(self.validation_set) for i in range(size))
+        data, (ranks, rank) = self.datasets["validation"], self._ranks()
+        # As many batches on every rank: what the last ones repeat is not counted.
+        order = DistributedSampler(data, num_replicas=ranks, rank=rank, shuffle=False)
+        return SampleLoader(data, order, self.config.tune.batch_size, self.pool, self.skipped("validation"))
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

@@ -1,14 +1,18 @@
-"""Instruction records: one video and a conversation about it.
+"""Instruction records: a conversation about a video, a picture, several pictures, or about nothing but text.
 
-The format of the VideoChat-Flash and LLaVA mixtures: ``{"video": "a/b.mp4", "conversations": [{"from": "human",
-"value": "<image>\\nWhat …?"}, {"from": "gpt", "value": "…"}]}``. Turns may use ``role``/``content`` instead.
+The format of the VideoChat-Flash and LLaVA mixtures: ``{"video": "a/b.mp4", "start": 1.5, "end": 9, "conversations":
+[{"from": "human", "value": "<image>\\nWhat …?"}, {"from": "gpt", "value": "…"}]}``, or ``image`` (a path or a list of
+them), or neither. ``messages`` with ``role`` and ``content`` say the same as ``conversations``. ``<image>`` and
+``<video>`` stand where the media do, once for each.
 """
 
 from __future__ import annotations
 
-import json
+import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,129 +20,263 @@ import torch
 from torch import Tensor
 
 from xcomp.backbone import Backbone, FrameText, ShownVideo
-from xcomp.config import ConfigError, build_component
+from xcomp.config import ConfigError, Sampling
 from xcomp.contract import check_frame_texts, name_of
 from xcomp.messages import nearest
 
 IGNORED = -100
-_SOURCE_KEYS = ("records", "root", "benchmark", "tasks", "frames", "repeat")
+KINDS = ("video", "image", "images", "text")
+READ_TYPES = ("decord", "av", "img", "frame", "gif", "fake")
+# Of a record: keys that are read, and those that name media or spans of other formats, which would be left out.
+_KEYS = ("video", "image", "images", "conversations", "messages", "start", "end", "video_read_type", "duration")
+_FOREIGN = ("videos", "audio", "audios", "depth", "clip", "clips", "start_time", "end_time", "timestamps", "system")
+_WEIGHTS = ("weight", "loss", "loss_weight", "train", "mask")  # of a turn: what would change how it is learnt from
+_ROLES = {"human": "user", "gpt": "assistant"}
+_PLACE = re.compile("<image>|<video>")
+_NOISE = "QA_GT_caption_based_noisy"  # the released training takes it out
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A video's path and (question, answer) turns, the image placeholder taken out; ``frames`` to draw counts from."""
+    """(question, answer) turns about a ``video``, ``images``, or neither; placeholders are taken out of the questions.
 
-    video: str
+    ``texts`` is the first question as it is written, cut where the media stand. ``span`` are seconds of the video,
+    either of which may be open. ``frames`` to draw counts from, ``sampling`` in place of the run's. ``duration`` is
+    what the record says of it, in seconds. ``where`` tells the record from all others.
+    """
+
+    video: str | None
     turns: tuple[tuple[str, str], ...]
     frames: tuple[int, ...] = ()
+    images: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    span: tuple[float | None, float | None] | None = None
+    read_type: str = "decord"
+    sampling: Sampling | None = None
+    duration: float | None = None
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            question, places = self.turns[0][0], len(self.images) + (self.video is not None)
+            object.__setattr__(self, "texts", ("",) * places + ((f"\n{question}" if places else question),))
+
+    @property
+    def kind(self) -> str:
+        if self.video is not None:
+            return "video"
+        return ("text", "image")[len(self.images)] if len(self.images) < 2 else "images"
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Paths of the video or the pictures."""
+        return self.images if self.video is None else (self.video,)
 
 
 @dataclass(frozen=True)
 class TokenisedConversation:
-    """``prefix | video | suffix`` with labels for the suffix: −100 where nothing is to be learnt.
+    """``prefix | pictures | suffix`` with labels: −100 where nothing is to be learnt.
 
-    ``frame_texts``: text between the video's frames, as in :class:`xcomp.backbone.Prompt`.
+    ``labels`` are the suffix's, ``prefix_labels`` the prefix's where some of it is supervised. ``prompt_length``: ids
+    of the suffix that stand before the first answer. ``frame_texts``: text between the frames, as in
+    :class:`xcomp.backbone.Prompt`.
     """
 
     prefix_ids: Tensor
     suffix_ids: Tensor
     labels: Tensor
     frame_texts: tuple[FrameText, ...] | None = None
+    prefix_labels: Tensor | None = None
+    prompt_length: int | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """Supervised tokens."""
+        return sum(int((labels != IGNORED).sum()) for labels in (self.labels, self.prefix_labels) if labels is not None)
 
 
-def load_conversations(
-    sources: Sequence[Any], plugins: Sequence[str] = (), where: str = "tune.data"
-) -> list[Conversation]:
-    """All conversations of a list of sources; errors call the list ``where``.
+# --- records ----------------------------------------------------------------------------------------------------------
 
-    A source is ``{records: FILE.json|.jsonl, root: DIR}`` or ``{benchmark: …, tasks: […]}``. ``frames: [8, 16]`` are
-    the frame counts its videos are shown with (default: the run's); ``repeat: n`` takes it n times an epoch.
+
+def parse_record(
+    record: Mapping[str, Any],
+    root: str,
+    where: str,
+    *,
+    media_type: str | None = None,
+    read_type: str | None = None,
+    notes: Counter[str] | None = None,
+) -> Conversation:
+    """A record checked and cleaned; ConfigError says what is wrong with which.
+
+    ``root`` is joined in front of paths, ``media_type`` and ``read_type`` are the data set's. ``notes`` counts what the
+    format lets pass: keys that are not read, first turns that are not the user's.
     """
-    found = []
-    for number, source in enumerate(sources):
-        name = f"{where}[{number}]"
-        _check_source(source, name)
-        records = _read_file(Path(source["records"])) if "records" in source else _of_benchmark(source, plugins)
-        root = str(source.get("root") or "")
-        parsed = [parse_record(r, root, f"{name}, record {i}") for i, r in enumerate(records)]
-        frames = tuple(source.get("frames") or ())
-        found += [replace(c, frames=frames) for c in parsed] * source.get("repeat", 1)
-    if not found:
-        raise ConfigError(f"there are no records; '{where}' lists where they come from")
-    return found
-
-
-def _check_source(source: Any, where: str) -> None:
-    if not isinstance(source, Mapping) or ("records" in source) == ("benchmark" in source):
-        raise ConfigError(f"{where} must be a mapping with either 'records' (a file) or 'benchmark'")
-    for key in source:
-        if key not in _SOURCE_KEYS:
-            known = ", ".join(_SOURCE_KEYS)
-            raise ConfigError(f"{where} has no key '{key}';{nearest(str(key), _SOURCE_KEYS)} keys: {known}")
-    if not isinstance(source.get("records", ""), str):
-        raise ConfigError(f"{where}: records is {source['records']!r}; it must be a file")
-    if not isinstance(source.get("tasks", []), list):
-        raise ConfigError(f"{where}: tasks is {source['tasks']!r}; it must be a list")
-    repeat, frames = source.get("repeat", 1), source.get("frames") or []
-    if not _is_count(repeat):
-        raise ConfigError(f"{where}: repeat is {repeat!r}; it must be a whole number of at least 1")
-    if not isinstance(frames, list) or not all(map(_is_count, frames)):
-        raise ConfigError(f"{where}: frames is {frames!r}; it must be a list of whole numbers of at least 1")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _of_benchmark(source: Mapping[str, Any], plugins: Sequence[str]) -> list[dict[str, Any]]:
-    benchmark = build_component("benchmark", source["benchmark"], plugins)
-    if not hasattr(benchmark, "training_records"):
-        raise ConfigError(f"benchmark {source['benchmark']} has no training records")
-    return benchmark.training_records(**({"tasks": tuple(source["tasks"])} if "tasks" in source else {}))
-
-
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":  # not splitlines: it also breaks at characters that JSON strings may hold
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        records = json.loads(text)
-    except OSError as error:
-        raise ConfigError(f"records file '{path}' cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"records file '{path}' is not JSON: {error}") from error
-    if not isinstance(records, list):
-        raise ConfigError(f"records file '{path}' must hold a list of records, not a {type(records).__name__}")
-    return records
-
-
-def parse_record(record: Mapping[str, Any], root: str, where: str) -> Conversation:
-    """A record checked and cleaned; ValueError says what is wrong with which."""
+    notes = Counter() if notes is None else notes
     if not isinstance(record, Mapping):
-        raise ConfigError(f"{where} must be a mapping with 'video' and 'conversations', not {record!r}")
-    video, conversations = record.get("video"), record.get("conversations")
-    if not isinstance(video, str) or not video:
-        raise ConfigError(f"{where}: 'video' must be a path, not {video!r}")
-    if not isinstance(conversations, list) or not all(isinstance(turn, Mapping) for turn in conversations):
-        raise ConfigError(f"{where}: 'conversations' must be a list of turns, not {conversations!r}")
-    turns = [(t.get("from") or t.get("role"), t.get("value") or t.get("content")) for t in conversations]
-    roles = [{"human": "user", "gpt": "assistant"}.get(role, role) for role, _ in turns]
+        raise ConfigError(
+            f"{where} must be a mapping with 'conversations' and what they are about, not {record!r:.200}"
+        )
+    _check_keys(record, where, notes)
+    video, images = _media(record, where, media_type)
+    turns = _turns(record, where, notes)
+    texts = _opening(turns, where, video, images)
+    span = _span(record, where, video)
+    duration = record.get("duration")
+    joined = "" if media_type in ("text", "mix") else root
+    questions = [_PLACE.sub("", turns[0][0]).strip(), *(question for question, _ in turns[1:])]
+    return Conversation(
+        None if video is None else str(Path(joined) / video),
+        tuple(zip(questions, (answer for _, answer in turns))),
+        images=tuple(str(Path(joined) / image) for image in images),
+        texts=texts,
+        span=span,
+        read_type=_read_type(read_type or record.get("video_read_type") or "decord", where),
+        duration=duration if _is_number(duration) and duration > 0 else None,
+        where=where,
+    )
+
+
+def _check_keys(record: Mapping[str, Any], where: str, notes: Counter[str]) -> None:
+    for key in record:
+        if key in _KEYS or key == "id":
+            continue
+        if key in _FOREIGN:
+            raise ConfigError(f"{where}: key '{key}' is not supported; keys that are read: {', '.join(_KEYS)}")
+        close = nearest(str(key), [known for known in _KEYS if known not in record])
+        if close and _one_slip(str(key), close.split("'")[1]):
+            raise ConfigError(f"{where}: key '{key}' is unknown;{close} keys that are read: {', '.join(_KEYS)}")
+        notes[f"key '{key}' is not read"] += 1
+
+
+def _one_slip(word: str, known: str) -> bool:
+    """Whether they differ by one letter more, less or other, or by two that changed places."""
+    if sorted(word) == sorted(known) or word.lower() == known:
+        return True
+    long, short = sorted((word, known), key=len, reverse=True)
+    if len(long) == len(short):
+        return sum(a != b for a, b in zip(long, short)) == 1
+    return len(long) == len(short) + 1 and any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
+
+
+def _media(record: Mapping[str, Any], where: str, media_type: str | None) -> tuple[str | None, list[str]]:
+    video, image, several = (record.get(key) for key in ("video", "image", "images"))
+    given = [key for key in ("video", "image", "images") if record.get(key) is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{where}: it names '{given[0]}' and '{given[1]}'; a record is about one of them")
+    if media_type in ("image", "video") and given and (given[0] == "video") != (media_type == "video"):
+        raise ConfigError(f"{where}: it names '{given[0]}', but the data set's media_type is '{media_type}'")
+    if video is not None and (not isinstance(video, str) or not video):
+        raise ConfigError(f"{where}: 'video' must be a path, not {video!r:.200}")
+    images = image if several is None else several
+    images = [] if images is None else [images] if isinstance(images, str) else images
+    if (
+        not isinstance(images, list)
+        or not all(isinstance(path, str) and path for path in images)
+        or (given and not (video or images))
+    ):
+        raise ConfigError(f"{where}: '{given[0]}' must be a path or a list of paths, not {images!r:.200}")
+    return video, images
+
+
+def _turns(record: Mapping[str, Any], where: str, notes: Counter[str]) -> list[tuple[str, str]]:
+    """(question, answer) pairs, as written."""
+    names = [key for key in ("conversations", "messages") if record.get(key) is not None]
+    if len(names) > 1:
+        raise ConfigError(f"{where}: it has 'conversations' and 'messages'; give one of them")
+    name = names[0] if names else "conversations"
+    turns = record.get(name)
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise ConfigError(f"{where}: '{name}' must be a list of turns, not {turns!r:.200}")
+    for turn in turns:
+        for key in turn:
+            if key in _WEIGHTS:
+                raise ConfigError(f"{where}: a turn's '{key}' is not supported; every answer counts alike")
+            if key not in ("from", "value", "role", "content"):
+                notes[f"a turn's key '{key}' is not read"] += 1
+    said = [(t.get("from") or t.get("role"), t.get("value") or t.get("content")) for t in turns]
+    said = [(_ROLES.get(role, role) if isinstance(role, str) else role, text) for role, text in said]
+    if said and said[0][0] != "user":
+        notes[f"first turn from {said[0][0]!r} is dropped"] += 1
+        said = said[1:]
+    roles, texts = [role for role, _ in said], [text for _, text in said]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise ConfigError(f"{where}: turns must alternate between human and gpt, not {roles}")
-    texts = [text for _, text in turns]
-    if not all(isinstance(text, str) for text in texts):
-        raise ConfigError(f"{where}: every turn must have a text in 'value', not {texts}")
-    if sum(text.count("<image>") for text in texts) > 1:
-        raise ConfigError(f"{where}: '<image>' must stand for the one video, but occurs more than once")
-    questions = [text.replace("<image>", "").strip() for text in texts[::2]]
-    return Conversation(str(Path(root) / video), tuple(zip(questions, texts[1::2])))
+        raise ConfigError(f"{where}: turns must alternate between human and gpt and end with an answer, not {roles}")
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ConfigError(f"{where}: every turn must have a text in 'value' or 'content', not {texts!r:.200}")
+    texts = [text.replace(_NOISE, "") for text in texts]
+    if not all(answer.strip() for answer in texts[1::2]):
+        raise ConfigError(f"{where}: an answer is blank, so there is nothing to learn from it")
+    return list(zip(texts[::2], texts[1::2]))
 
 
-def tokenise(backbone: Backbone, conversation: Conversation, video: ShownVideo) -> TokenisedConversation:
-    """Token ids and labels; only answers and the stop token after each are supervised."""
+def _opening(turns: list[tuple[str, str]], where: str, video: str | None, images: Sequence[str]) -> tuple[str, ...]:
+    """The first question cut at its placeholders; ConfigError unless they stand there, one for each of the media."""
+    first, *others = [text for turn in turns for text in turn]
+    media, what = len(images) + (video is not None), "video" if video is not None else "picture"
+    found, elsewhere = _PLACE.findall(first), [i for i, text in enumerate(others, 2) if _PLACE.search(text)]
+    if elsewhere:
+        raise ConfigError(f"{where}: turn {elsewhere[0]} holds a placeholder; media must stand in the first question")
+    if len(found) != media:
+        names = "<image> or <video>" if what == "video" else "<image>"
+        has = f"{_count(media, what)} and {_count(len(found), 'placeholder')}"
+        raise ConfigError(f"{where}: it has {has}; write {names} once for each")
+    if images and "<video>" in found:
+        raise ConfigError(f"{where}: '<video>' stands for a picture; write <image>")
+    text = first.replace("<video>", "<image>")
+    if media == 1 and not text.startswith("<image>"):
+        text = f"<image>\n{text.replace('<image>', '').strip()}".strip()
+    return tuple(text.split("<image>"))
+
+
+def _count(number: int, name: str) -> str:
+    return f"no {name}" if not number else f"{number} {name}" if number == 1 else f"{number} {name}s"
+
+
+def _span(record: Mapping[str, Any], where: str, video: str | None) -> tuple[float | None, float | None] | None:
+    span = tuple(record.get(key) for key in ("start", "end"))
+    if span == (None, None):
+        return None
+    if video is None:
+        raise ConfigError(f"{where}: 'start' and 'end' are seconds of a video, and there is none")
+    for key, value in zip(("start", "end"), span):
+        if value is not None and not (_is_number(value) and value >= 0):
+            raise ConfigError(f"{where}: '{key}' must be seconds, not {value!r}")
+    if None not in span and not span[0] < span[1]:
+        raise ConfigError(f"{where}: the span ends at {span[1]:g} s, where it begins ({span[0]:g} s) or before")
+    return span
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_type(name: Any, where: str) -> str:
+    if name not in READ_TYPES:
+        hint = nearest(str(name), READ_TYPES)
+        raise ConfigError(f"{where}: video_read_type is {name!r};{hint} known: {', '.join(READ_TYPES)}")
+    return name
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def tokenise(
+    backbone: Backbone, conversation: Conversation, video: ShownVideo | None = None, format: str = "answers"
+) -> TokenisedConversation:
+    """Token ids and labels.
+
+    ``answers``: the prompts that questions are asked with; answers and the stop token after each are supervised.
+    ``released``: text and labels of the training code of the model's authors (``Backbone.training_text``).
+    """
+    if format == "released":
+        return _as_released(backbone, conversation, video)
     (question, answer), *more = conversation.turns
-    prompt = backbone.prompt(question, video)
-    check_frame_texts(name_of("backbone", backbone), prompt.frame_texts, video.num_frames // backbone.merged_frames)
+    if video is None:
+        prompt, groups = backbone.image_prompt(conversation.texts), len(conversation.images)
+    else:
+        prompt, groups = backbone.prompt(question, video), video.num_frames // backbone.merged_frames
+    check_frame_texts(name_of("backbone", backbone), prompt.frame_texts, groups)
     ids, labels = [prompt.suffix_ids], [torch.full_like(prompt.suffix_ids, IGNORED)]
 
     def add(answer: str) -> None:
@@ -149,7 +287,19 @@ def tokenise(backbone: Backbone, conversation: Conversation, video: ShownVideo) 
 
     add(answer)
     for question, answer in more:
-        ids.append(backbone.follow_up(question))
+        ids.append(backbone.follow_up(question.strip()))
         labels.append(torch.full_like(ids[-1], IGNORED))
         add(answer)
     return TokenisedConversation(prompt.prefix_ids, torch.cat(ids), torch.cat(labels), prompt.frame_texts)
+
+
+def _as_released(backbone: Backbone, conversation: Conversation, video: ShownVideo | None) -> TokenisedConversation:
+    text = backbone.training_text(conversation.texts, conversation.turns, video)
+    labels = [
+        torch.where(mask, ids, IGNORED)
+        for ids, mask in ((text.prefix_ids, text.prefix_mask), (text.suffix_ids, text.suffix_mask))
+    ]
+    labels[0][:1] = IGNORED  # nothing stands before it that could predict it
+    return TokenisedConversation(
+        text.prefix_ids, text.suffix_ids, labels[1], text.frame_texts, labels[0], text.prompt_length
+    )
