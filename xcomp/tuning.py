@@ -147,12 +147,12 @@ def _read_data(config: RunConfig, tell: bool) -> ConversationData:
             print(f"xcomp: {line}", file=sys.stderr)
         raise
     for where, records in data.records.items() if tell else ():
-        lines = [*(f"left out, as it is missing: {line}" for line in records.missing), *records.notes]
+        lines = [*(f"missing, and left out: {line}" for line in records.missing), *records.notes]
         if records.refused:
             first = records.refused[0].reason
-            lines.append(f"{len(records.refused)} {where} records are refused ({SKIPPED}), the first: {first}")
+            lines.append(f"{len(records.refused)} records are refused and left out (see {SKIPPED}), the first: {first}")
         for line in lines:
-            print(f"xcomp: {line}", file=sys.stderr)
+            print(f"xcomp: {'tune.data' if where == 'train' else 'tune.validation'}: {line}", file=sys.stderr)
     return data
 
 

@@ -99,7 +99,7 @@ def test_kinds_of_records_can_be_left_out_and_that_is_told(write):
     file = write([*texts(3), turns("<image>Q", "A", image="i.png"), turns("<image>Q", "A", video="v.mp4")])
     found = read_records([{"records": file, "kinds": ["text"]}])
     assert found.kinds == {"text": 3}
-    assert found.notes == ["tune.data[0]: records of other kinds left out (2 of 5 records)"]
+    assert found.notes == ["left out as of other kinds: 2 records in 1 data sets"]
 
 
 @pytest.mark.parametrize(
@@ -376,8 +376,18 @@ def test_the_papers_subset_holds_one_medium_a_record(mixture, write):
     ]
     found = read_records([mixture(({}, rows), rule="xcomp", share=[0, 1])])
     assert sorted(questions(found)) == ["Q0", "Q1"]
-    left = "records left out by the rule 'xcomp' (text alone, several pictures, or a picture and a video)"
-    assert len(found.notes) == 1 and found.notes[0].endswith(f"(0.json): {left} (4 of 6 records)")
+    left = "left out by the rule 'xcomp' (text alone, several pictures, or a picture and a video)"
+    assert found.notes == [f"{left}: 4 records in 1 data sets"]
+
+
+def test_keys_that_nobody_reads_are_told_once_for_all_data_sets(mixture):
+    rows = [{**record, "source": "x"} for record in texts(3)]
+    found = read_records([mixture(({}, rows), ({}, texts(2)), ({}, rows + [{**rows[0], "task": "y", "id": 3}]))])
+    expected = [
+        "key 'source' is not read: 7 records in 2 data sets",
+        "key 'task' is not read: 1 records in 1 data sets",
+    ]
+    assert found.notes == expected
 
 
 # --- the released mixtures --------------------------------------------------------------------------------------------

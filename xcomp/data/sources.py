@@ -59,7 +59,12 @@ class Records:
     conversations: list[Conversation] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # data sets, one line each
-    notes: list[str] = field(default_factory=list)
+    told: dict[str, list[int]] = field(default_factory=dict)  # what → of how many records, in how many data sets
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not taken, or not read, of the records: one line each."""
+        return [f"{what}: {records} records in {sets} data sets" for what, (records, sets) in self.told.items()]
 
     @property
     def kinds(self) -> Counter[str]:
@@ -328,14 +333,14 @@ def _read_data_set(
     wanted = [replace(conversation, frames=frames, sampling=own) for conversation in wanted]
     found.conversations += wanted * options.get("repeat", 1)
     found.refused += refused
-    counts = {
-        "records left out by the rule 'xcomp' (text alone, several pictures, or a picture and a video)": left_out,
-        "records of other kinds left out": len(taken) - len(wanted),
-        **notes,
-    }
-    found.notes += [
-        f"{data_set.name}: {what} ({count} of {len(rows)} records)" for what, count in counts.items() if count
-    ]
+    if "benchmark" in source:  # whose records have keys of their own
+        notes.clear()
+    notes["left out by the rule 'xcomp' (text alone, several pictures, or a picture and a video)"] = left_out
+    notes["left out as of other kinds"] = len(taken) - len(wanted)
+    for what, count in notes.items():
+        if count:
+            records, sets = found.told.get(what, (0, 0))
+            found.told[what] = [records + count, sets + 1]
 
 
 def _absence(path: str) -> str:
