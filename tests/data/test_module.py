@@ -225,6 +225,7 @@ def test_the_grouped_order_follows_from_seed_and_epoch():
         (Conversation("v", (("Q" * 8, ""),), duration=1000), None, 64 * 16 + 2),
         (Conversation("v", (("Q" * 8, ""),), duration=1000, span=(5, 10)), None, 8 * 16 + 2),
         (Conversation("v", (("Q" * 8, ""),), duration=25, span=(5, None)), None, 40 * 16 + 2),
+        (Conversation("v", (("Q" * 8, ""),), duration=25, read_type="img"), None, 48 * 16 + 2),  # the last one repeated
     ],
 )
 def test_lengths_are_estimated_from_records(conversation, count, expected):

@@ -87,6 +87,12 @@ def test_sources_are_joined_repeated_and_rooted(write, tmp_path):
     assert found[0].sampling == Sampling(rate=2, max_frames=64, min_frames=8)  # the rest is the run's
 
 
+def test_lengths_that_records_do_not_tell_may_be_told_of_all(mixture):
+    rows = [{**texts(1)[0], "duration": 4}, texts(1)[0]]
+    found = read_records([mixture(({"seconds": 10}, rows), ({}, rows), seconds=30)]).conversations
+    assert [c.duration for c in found] == [4, 10, 4, 30]
+
+
 def test_a_benchmark_with_training_records_is_a_source(needle_videos):
     needle = {"name": "needle", "split": "train", **needle_videos}
     found = read_records([{"benchmark": needle, "tasks": ["describe", "choice"]}]).conversations

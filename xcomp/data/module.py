@@ -43,7 +43,8 @@ class Sample:
             self.text.suffix_ids,
             *(ids for pair in self.text.frame_texts or () for ids in pair),
         ]
-        return sum(map(len, text)) + frames // backbone.merged_frames * backbone.tokens_per_frame, frames
+        groups = frames if self.images else frames // backbone.merged_frames
+        return sum(map(len, text)) + groups * backbone.tokens_per_frame, frames
 
 
 class SampleError(ValueError):
@@ -111,21 +112,17 @@ class ConversationDataset:
         if media is not None and media.seconds is not None:
             video = ShownVideo(media.seconds, len(media.pixels), media.times)
         text = tokenise(self.backbone, conversation, video, self.format)
-        self._check(conversation, text, 0 if media is None else len(media.pixels))
         pixels = None if media is None else torch.from_numpy(media.pixels)
-        return Sample(pixels, text, images=bool(conversation.images))
-
-    def _check(self, conversation: Conversation, text: TokenisedConversation, frames: int) -> None:
+        sample = Sample(pixels, text, images=bool(conversation.images))
         if not text.num_labels:
             raise SampleError(f"{conversation.where}: no token of it is supervised, so there is nothing to learn")
-        groups = frames if conversation.images else frames // self.backbone.merged_frames
-        between = sum(len(ids) for texts in text.frame_texts or () for ids in texts)
-        length = len(text.prefix_ids) + groups * self.backbone.tokens_per_frame + between + len(text.suffix_ids) - 1
-        if self.limit is not None and length > self.limit:
+        tokens, frames = sample.size(self.backbone)
+        if self.limit is not None and tokens - 1 > self.limit:  # the last one is not run
             raise SampleError(
-                f"{conversation.where}: a sequence of {length} tokens ({frames} frames), but the language model takes "
-                f"{self.limit}; show fewer frames"
+                f"{conversation.where}: a sequence of {tokens - 1} tokens ({frames} frames), but the language model "
+                f"takes {self.limit}; show fewer frames"
             )
+        return sample
 
     def lengths(self) -> list[int]:
         """Of each item, in tokens, as far as can be told without opening its media."""

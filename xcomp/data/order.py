@@ -80,7 +80,7 @@ def estimated_tokens(conversation: Conversation, count: int | None, sampling: Sa
     """A sample's length in tokens, from what its record says, without opening a file.
 
     A video of unknown length counts as the longest; of a span, and where the record has a ``duration``, the rule tells
-    the frames, at 25 a second in the file.
+    the frames, at 25 a second in the file (1 in a folder or a GIF).
     """
     text = sum(len(text) for turn in conversation.turns for text in turn) // CHARACTERS
     if conversation.video is None:
@@ -92,6 +92,6 @@ def estimated_tokens(conversation: Conversation, count: int | None, sampling: Sa
         if seconds is None:
             count = sampling.max_frames
         else:
-            number = max(int(seconds * FRAME_RATE), sampling.multiple)
-            count = len(sampling.candidates(number, FRAME_RATE))
+            rate = 1.0 if conversation.read_type in ("img", "frame", "gif") else FRAME_RATE
+            count = len(sampling.candidates(max(int(seconds * rate), sampling.multiple), rate))
     return round(count * tokens_per_frame) + text

@@ -27,7 +27,7 @@ from xcomp.messages import nearest
 
 # Of a source: what says where its records are, what holds for each kind of it, and what holds for all.
 _PLACES = ("records", "mixture", "benchmark")
-_COMMON = ("frames", "sampling", "repeat", "kinds")
+_COMMON = ("frames", "sampling", "repeat", "seconds", "kinds")
 _FILES = ("root", "roots", "rule", "seed", "share", "allow_missing")
 _DATASET = ("sampling_strategy", "video_read_type", "media_type")
 _SOURCE_KEYS = {
@@ -35,7 +35,8 @@ _SOURCE_KEYS = {
     "mixture": ("mixture", *_COMMON, *_FILES),
     "benchmark": ("benchmark", "tasks", *_COMMON, "root"),
 }
-_MIXTURE_KEYS = ("json_path", "data_root", *_DATASET, "frames", "sampling", "repeat")
+_OWN = ("frames", "sampling", "repeat", "seconds")
+_MIXTURE_KEYS = ("json_path", "data_root", *_DATASET, *_OWN)
 _MEDIA_TYPES = ("image", "video", "text", "mix")
 RULES = ("videochat_flash", "xcomp")
 FIRST_MEDIA = 3  # one of a data set's first media files must be there
@@ -89,7 +90,7 @@ class DataSet:
     strategy: str = "all"
     media_type: str | None = None
     read_type: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)  # frames, sampling, repeat
+    options: Mapping[str, Any] = field(default_factory=dict)  # those of _OWN that it has
 
 
 def read_records(
@@ -104,8 +105,9 @@ def read_records(
 
     A source is ``{records: FILE.json|.jsonl, root: DIR}``, ``{mixture: FILE.yaml, root: DIR}`` or ``{benchmark: …,
     tasks: […]}``. ``frames: [8, 16]`` are the frame counts its videos are shown with (default: the run's),
-    ``sampling`` what differs from the run's, ``repeat: n`` takes it n times an epoch, ``kinds`` are those of its
-    records that are taken. The options of files are described in docs/tuning.md.
+    ``sampling`` what differs from the run's, ``repeat: n`` takes it n times an epoch, ``seconds`` is about how long its
+    videos are, where records do not tell, ``kinds`` are those of its records that are taken. The
+    options of files are described in docs/tuning.md.
 
     Raises:
         MissingData: if data sets are not there, and ``allow_missing`` does not let their source go on without.
@@ -183,6 +185,9 @@ def _check_options(given: Mapping[str, Any], where: str) -> None:
         raise ConfigError(f"{where}: repeat is {repeat!r}; it must be a whole number of at least 1")
     if not isinstance(frames, list) or not all(_is_whole(n, 1) for n in frames):
         raise ConfigError(f"{where}: frames is {frames!r}; it must be a list of whole numbers of at least 1")
+    seconds = given.get("seconds", 1)
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
+        raise ConfigError(f"{where}: seconds is {seconds!r}; it must be a number above 0, how long its videos are")
     _check_choice(given, "media_type", _MEDIA_TYPES, where)
     _check_choice(given, "video_read_type", READ_TYPES, where)
     amount(str(given.get("sampling_strategy", "all")), 100, where)  # what it says of 100 records, of any
@@ -231,7 +236,7 @@ def _of_mixture(source: Mapping[str, Any], where: str) -> Iterator[DataSet]:
             raise ConfigError(f"{name}: data_root is {entry['data_root']!r}; it must be a folder")
         path, root = (_within(source, str(entry.get(key) or "")) for key in ("json_path", "data_root"))
         strategy = str(entry.get("sampling_strategy", "all"))
-        own = {key: entry[key] for key in ("frames", "sampling", "repeat") if key in entry}
+        own = {key: entry[key] for key in _OWN if key in entry}
         yield DataSet(name, path, root, strategy, entry.get("media_type"), entry.get("video_read_type"), own)
 
 
@@ -330,7 +335,8 @@ def _read_data_set(
     options = {**source, **data_set.options}
     frames, given = tuple(options.get("frames") or ()), options.get("sampling")
     own = None if given is None else merged_sampling(sampling or Sampling(), given, f"{data_set.name}: sampling")
-    wanted = [replace(conversation, frames=frames, sampling=own) for conversation in wanted]
+    seconds = options.get("seconds")
+    wanted = [replace(c, frames=frames, sampling=own, duration=c.duration or seconds) for c in wanted]
     found.conversations += wanted * options.get("repeat", 1)
     found.refused += refused
     if "benchmark" in source:  # whose records have keys of their own
