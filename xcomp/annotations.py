@@ -6,7 +6,6 @@ describes is refused with file and record.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import Any
 from xcomp.answer_parsers import check_parser, parse_with
 from xcomp.benchmark import LETTERS, Benchmark, Question
 from xcomp.messages import nearest
+from xcomp.tables import Problems, read_rows
 
 FAMILIES = ("videochat_flash", "lmms_eval")
 VIDEO_SUFFIXES = (".mp4", ".MP4", ".mkv")
@@ -95,44 +95,17 @@ def read_records(who: str, path: Path, forms: Sequence[str]) -> list[Record]:
     """The records of a ``.json`` list, ``.jsonl`` or ``.parquet`` file, of which ``forms`` says what is taken.
 
     Raises:
-        ValueError: one line with the file, and the line where there is one.
+        ValueError: one line with the file, and the lines or records that are none.
     """
     if path.suffix not in forms:
         raise ValueError(f"{who}: annotations '{path}' must be a file ending in {' or '.join(forms)}")
+    problems = Problems(path)
     try:
-        if path.suffix == ".parquet":
-            records = _parquet(who, path)
-        else:
-            text = path.read_text(encoding="utf-8-sig")
-            records = json.loads(text) if path.suffix == ".json" else _lines(who, path, text)
-    except OSError as error:
-        raise ValueError(f"{who}: annotations '{path}' cannot be read: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{who}: annotations '{path}' are not JSON: {error}") from error
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{who}: annotations '{path}' must hold a list of questions")
-    return records
-
-
-def _lines(who: str, path: Path, text: str) -> list[Any]:
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            records += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{who}: annotations '{path}', line {number}, are not JSON: {error}") from error
-    return records
-
-
-def _parquet(who: str, path: Path) -> list[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with path.open("rb") as file:
-            return pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{who}: annotations '{path}' are not parquet: {error}") from error
+        rows = read_rows(path, problems, keep_empty=True)
+        problems.check()
+    except ValueError as error:
+        raise ValueError(f"{who}: annotations {error}") from error
+    return [row.values for row in rows]
 
 
 def check_record(who: str, where: str, record: Any, keys: Mapping[str, type | tuple[type, ...]]) -> None:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,10 @@ class Problems:
         raise ValueError(f"'{self.path}' has {noun}: {'; '.join(told)}{more}")
 
 
-def read_rows(path: Path, problems: Problems) -> list[Row]:
-    """The rows of a file, by its suffix; those that are none go to ``problems``. What is empty or null is left out.
+def read_rows(path: Path, problems: Problems, *, keep_empty: bool = False) -> list[Row]:
+    """The rows of a file, by its suffix; those that are none go to ``problems``.
+
+    What is empty or null is left out, unless ``keep_empty``.
 
     Text is UTF-8 and may begin with a byte order mark. In CSV, whose first line names the columns, every value is text.
 
@@ -62,6 +64,7 @@ def read_rows(path: Path, problems: Problems) -> list[Row]:
         raise ValueError(f"'{path}' is of an unknown kind; known: {', '.join(SUFFIXES)}")
     try:
         rows = list(readers[path.suffix.lower()](path, problems))
+        rows = rows if keep_empty else [replace(row, values=_given(row.values)) for row in rows]
     except OSError as error:
         raise ValueError(f"'{path}' cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -110,7 +113,7 @@ def _json_lines(path: Path, problems: Problems) -> Iterator[Row]:
             problems.add(f"line {number}", f"not JSON ({error})")
             continue
         if isinstance(values, dict):
-            yield Row(number, f"line {number}", _given(values))
+            yield Row(number, f"line {number}", values)
         else:
             problems.add(f"line {number}", f"not an object of fields but {values!r:.40}")
 
@@ -126,7 +129,7 @@ def _json_list(path: Path, problems: Problems) -> Iterator[Row]:
         raise ValueError(f"'{path}' must hold a list of objects; of one object a line, the file's name ends in .jsonl")
     for number, values in enumerate(records, start=1):
         if isinstance(values, dict):
-            yield Row(number, f"record {number}", _given(values))
+            yield Row(number, f"record {number}", values)
         else:
             problems.add(f"record {number}", f"not an object of fields but {values!r:.40}")
 
@@ -153,7 +156,7 @@ def _csv(path: Path, problems: Problems) -> Iterator[Row]:
         elif len(cells) > len(names):
             problems.add(f"line {first}", f"{len(cells)} cells for {len(names)} columns; commas within one need quotes")
         else:
-            yield Row(first, f"line {first}", _given(dict(zip(names, cells))))
+            yield Row(first, f"line {first}", dict(zip(names, cells)))
 
 
 def _parquet(path: Path, problems: Problems) -> Iterator[Row]:
@@ -161,8 +164,9 @@ def _parquet(path: Path, problems: Problems) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(str(path))
+        with path.open("rb") as file:
+            table = pyarrow.parquet.read_table(file)
     except pyarrow.ArrowException as error:
         raise ValueError(f"'{path}' is not parquet ({' '.join(str(error).split())})") from error
     for number, values in enumerate(table.to_pylist(), start=1):
-        yield Row(number, f"record {number}", _given(values))
+        yield Row(number, f"record {number}", values)

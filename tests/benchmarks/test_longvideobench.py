@@ -94,12 +94,12 @@ def test_durations_are_a_subset(make):
 @pytest.mark.parametrize(
     "record, message",
     [
-        ({"id": "a"}, "record 0 has no 'video_path'"),
+        ({"id": "a"}, "record 1 has no 'video_path'"),
         (LONGVIDEOBENCH | {"correct_choice": -1}, "correct_choice is -1, none of its 3 options; the test split has no"),
         (LONGVIDEOBENCH | {"correct_choice": 3}, "correct_choice is 3, none of its 3 options"),
-        (LONGVIDEOBENCH | {"candidates": None}, "record 0: 'candidates' must be list of text, not None"),
-        (LONGVIDEOBENCH | {"duration_group": 30}, "record 0: duration_group is 30; known"),
-        (LONGVIDEOBENCH | {"question_category": "XYZ"}, "record 0: question_category 'XYZ' is not known"),
+        (LONGVIDEOBENCH | {"candidates": None}, "record 1: 'candidates' must be list of text, not None"),
+        (LONGVIDEOBENCH | {"duration_group": 30}, "record 1: duration_group is 30; known"),
+        (LONGVIDEOBENCH | {"question_category": "XYZ"}, "record 1: question_category 'XYZ' is not known"),
     ],
 )
 def test_bad_records_are_refused(make, record, message):

@@ -86,15 +86,15 @@ def test_odd_records_are_counted_and_asked(make):
 @pytest.mark.parametrize(
     "records, message",
     [
-        ("[", "are not JSON"),
+        ("[", r"lvbench\.json' is not JSON"),
         ("{}", "must hold a list"),
-        ("[]", "must hold a list"),
-        ([{"video": "1"}], "record 0 has no 'type'"),
-        (["x"], "record 0 has no 'video'"),
-        ([LVBENCH, LVBENCH | {"answer": "1633"}], "record 1: the answer '1633' is none of the candidates"),
-        ([LVBENCH | {"candidates": "x"}], "record 0: 'candidates' must be list of text, not 'x'"),
-        ([LVBENCH | {"candidates": [1, 2]}], r"record 0: 'candidates' must be list of text, not \[1, 2\]"),
-        ([LVBENCH | {"type": "news"}], "record 0: type is 'news'; known: cartoon"),
+        ("[]", "is empty"),
+        ([{"video": "1"}], "record 1 has no 'type'"),
+        (["x"], "has 1 bad record: record 1: not an object of fields but 'x'"),
+        ([LVBENCH, LVBENCH | {"answer": "1633"}], "record 2: the answer '1633' is none of the candidates"),
+        ([LVBENCH | {"candidates": "x"}], "record 1: 'candidates' must be list of text, not 'x'"),
+        ([LVBENCH | {"candidates": [1, 2]}], r"record 1: 'candidates' must be list of text, not \[1, 2\]"),
+        ([LVBENCH | {"type": "news"}], "record 1: type is 'news'; known: cartoon"),
     ],
 )
 def test_bad_annotations_are_refused(make, records, message):
@@ -128,7 +128,7 @@ def test_missing_and_foreign_files_are_refused(make, tmp_path):
         benchmark.questions()
     with pytest.raises(ValueError, match=r"'.*train\.parquet' must be a file ending in \.json or \.jsonl"):
         make([LVBENCH], name="train.parquet").questions()
-    with pytest.raises(ValueError, match=r"line 2, are not JSON"):
+    with pytest.raises(ValueError, match=r"has 1 bad line: line 2: not JSON"):
         make(json.dumps(LVBENCH_OFFICIAL) + "\n{\n", name="video_info.meta.jsonl").questions()
 
 

@@ -98,7 +98,7 @@ def test_foreign_files_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"4_count\.json' cannot be read: No such file"):
         mlvu(folder, tmp_path).questions()
     path = write_json(tmp_path / "3_ego.json", [MLVU, {"video": "a.mp4", "duration": 1}])
-    with pytest.raises(ValueError, match=r"3_ego\.json', record 1 has no 'question'"):
+    with pytest.raises(ValueError, match=r"3_ego\.json', record 2 has no 'question'"):
         mlvu(path, tmp_path).questions()
 
 

@@ -121,9 +121,9 @@ def test_what_cannot_be_is_refused(single, change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"question": "What?"}, "record 0: a question must end with 'Options: "),
-        ({"answer": "E"}, "record 0: the answer 'E' is no letter of an option"),
-        ({"image": 3}, "record 0: 'image' must be text, not 3"),
+        ({"question": "What?"}, "record 1: a question must end with 'Options: "),
+        ({"answer": "E"}, "record 1: the answer 'E' is no letter of an option"),
+        ({"image": 3}, "record 1: 'image' must be text, not 3"),
     ],
 )
 def test_bad_records_are_refused(single, tmp_path, change, message):

@@ -66,11 +66,11 @@ def test_odd_rows_are_counted(make):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({k: v for k, v in VIDEOMME.items() if k != "task_type"}, "record 0 has no 'task_type'"),
-        (VIDEOMME | {"answer": "E"}, "record 0: the answer 'E' is no letter of an option"),
-        (VIDEOMME | {"answer": ""}, "record 0: the answer '' is no letter of an option"),
-        (VIDEOMME | {"duration": "endless"}, "record 0: duration is 'endless'; known: short, medium, long"),
-        (VIDEOMME | {"options": "A"}, "record 0: 'options' must be list of text, not 'A'"),
+        ({k: v for k, v in VIDEOMME.items() if k != "task_type"}, "record 1 has no 'task_type'"),
+        (VIDEOMME | {"answer": "E"}, "record 1: the answer 'E' is no letter of an option"),
+        (VIDEOMME | {"answer": ""}, "record 1: the answer '' is no letter of an option"),
+        (VIDEOMME | {"duration": "endless"}, "record 1: duration is 'endless'; known: short, medium, long"),
+        (VIDEOMME | {"options": "A"}, "record 1: 'options' must be list of text, not 'A'"),
     ],
 )
 def test_bad_rows_are_refused(make, row, message):
@@ -85,7 +85,7 @@ def test_foreign_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no\.parquet' cannot be read: No such file"):
         xcomp.load_benchmark("videomme", annotations=str(tmp_path / "no.parquet"), videos=".").questions()
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match=r"x\.parquet' are not parquet"):
+    with pytest.raises(ValueError, match=r"x\.parquet' is not parquet"):
         xcomp.load_benchmark("videomme", annotations=str(tmp_path / "x.parquet"), videos=".").questions()
 
 

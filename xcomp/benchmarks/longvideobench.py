@@ -81,7 +81,7 @@ class LongVideoBench(Annotated):
         path = Path(self.config.annotations)
         found = []
         for number, record in enumerate(read_records(WHO, path, (".json", ".parquet"))):
-            where = f"'{path}', record {number}"
+            where = f"'{path}', record {number + 1}"
             options = _options(where, record)
             if not 0 <= record["correct_choice"] < len(options):
                 reason = f"correct_choice is {record['correct_choice']}, none of its {len(options)} options"

@@ -111,7 +111,7 @@ def _clean(path: Path, records: list[Record]) -> list[Record]:
     """The records of VideoChat-Flash's form, with ``id`` and ``right``."""
     rows = []
     for number, record in enumerate(records):
-        where = f"'{path}', record {number}"
+        where = f"'{path}', record {number + 1}"
         check_record(WHO, where, record, KEYS)
         _check_type(where, record["type"])
         if record["answer"] not in record["candidates"]:

@@ -64,7 +64,7 @@ class MLVU(Annotated):
         found = []
         for path in self._files():
             for number, record in enumerate(read_records(WHO, path, (".json",))):
-                check_record(WHO, f"'{path}', record {number}", record, KEYS)
+                check_record(WHO, f"'{path}', record {number + 1}", record, KEYS)
                 found.append(self._question(path.stem, number, record))
         self.note_defects(found)
         return found

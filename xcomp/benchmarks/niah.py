@@ -73,11 +73,11 @@ class NIAH(Benchmark):
         records = read_records(WHO, path, (".json",))
         chains = isinstance(records[0], dict) and "images" in records[0]
         for number, record in enumerate(records):
-            check_record(WHO, f"'{path}', record {number}", record, MULTI if chains else SINGLE)
+            check_record(WHO, f"'{path}', record {number + 1}", record, MULTI if chains else SINGLE)
         found = []
         for count in self.config.frames:
             for number, record in enumerate(records):
-                where = f"'{path}', record {number}"
+                where = f"'{path}', record {number + 1}"
                 found += self._chain(where, number, record, count) if chains else self._single(where, record, count)
         return found
 

@@ -51,7 +51,7 @@ class VideoMME(Annotated):
         path = Path(self.config.annotations)
         found = []
         for number, record in enumerate(read_records(WHO, path, (".parquet",))):
-            where = f"'{path}', record {number}"
+            where = f"'{path}', record {number + 1}"
             check_record(WHO, where, record, {"options": list} | dict.fromkeys(TEXTS, str))
             if record["answer"] not in list(LETTERS[: len(record["options"])]):
                 raise ValueError(f"{WHO}: {where}: the answer {record['answer']!r} is no letter of an option")
