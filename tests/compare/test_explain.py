@@ -37,6 +37,11 @@ def test_scores_frames_and_evidence_stand_on_one_axis(question):
     assert [tick.label for tick in line.ticks] == ["0 s", "1 s", "2 s", "3 s", "4 s"]
 
 
+def test_what_a_question_is_not_about_is_told(question):
+    assert of(question, record(question, span=[1.0, 3.0])).outside == ((0.0, 25.0), (75.0, 25.0))
+    assert of(question, record(question, span=None)).outside == ()
+
+
 def test_arms_that_showed_the_same_share_a_row(question):
     other = record(question, frames=[0, 16], times=[0.0, 2.0], scores=None)
     line = of(question, record(question), other, record(question), record(question, scores=None))

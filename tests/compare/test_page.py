@@ -89,6 +89,7 @@ def test_everything_is_on_the_page():
     run, records = make_run()
     run["benchmark"] |= {"num_questions": 10, "num_videos": 5, "missing": ["gone.mp4"], "defects": {"no answer": 2}}
     run["arms"][0]["published"] = {"accuracy": 46.2}
+    run["config"]["published"] = {"Somebody's model": {"accuracy": 51.3}}
     text = render(run, records)
     found = Page(text)
     assert len(found.ids) == len(set(found.ids))
@@ -99,7 +100,8 @@ def test_everything_is_on_the_page():
     for expected in (
         "6 arms compared on 10 questions about 5 videos.", analysed(run, records).summary.verdict, "abc1234",
         "A Very Fast Machine", "torch 2.9.9", "gone.mp4", "no answer 2", "46.2", "64 → 16 → 4", "40.0 (", "+40.0 (",
-        "xcomp compare toy.yaml", "seed: 3", "published accuracy", "What of 1?", "(B) blue ✓",
+        "xcomp compare toy.yaml", "seed: 3", "published accuracy", "Somebody's model", "51.3", "What of 1?",
+        "(B) blue ✓",
     ):  # fmt: skip
         assert expected in found.shown, expected
     # Five costs; stages as bars for seconds and MACs; a table with bars for the one axis of labels.

@@ -80,10 +80,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Timeline:
-    """One question's frames; ``events`` are (left, width) of the evidence and ``ticks`` times, all in per cent."""
+    """One question's frames; ``events`` are (left, width) of the evidence, ``outside`` of what the question is not
+    about, and ``ticks`` times, all in per cent."""
 
     rows: tuple[Row, ...]
     events: tuple[tuple[float, float], ...]
+    outside: tuple[tuple[float, float], ...]
     ticks: tuple[Tick, ...]
 
     @property
@@ -219,7 +221,10 @@ def timeline(
     events = [event for record in shown for event in record.get("events") or []]
     colours = colours or {}
     rows = tuple(_row(rows, end, pictures, most, prefix, colours.get(rows[0][0], "c0")) for rows in merged.values())
-    return Timeline(rows, tuple(dict.fromkeys(_span(start, stop, end) for start, stop in events)), _time_ticks(end))
+    shaded = tuple(dict.fromkeys(_span(start, stop, end) for start, stop in events))
+    first, last = shown[0].get("span") or (0.0, end)
+    outside = tuple(_span(start, stop, end) for start, stop in ((0.0, first), (last, end)) if stop > start)
+    return Timeline(rows, shaded, outside, _time_ticks(end))
 
 
 def _at(seconds: float, end: float) -> float:

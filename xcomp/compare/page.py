@@ -228,6 +228,7 @@ def render_page(summary: Summary, records: Sequence[Record]) -> str:
         labels=_labels(summary, views),
         browser=_browser(summary, records, views),
         errors=_errors(records, views),
+        published=_published_rows(summary),
         reruns=[_rerun(run) for run in summary.runs],
     )  # fmt: skip
 
@@ -364,6 +365,17 @@ def _published(name: str) -> Callable[[ArmSummary], Cell | None]:
         return None if value is None else Cell(_inline(value), value=value if isinstance(value, (int, float)) else None)
 
     return cell
+
+
+def _published_rows(summary: Summary) -> Table | None:
+    """Rows of a paper's table that are no arms of the runs, as the configurations quote them."""
+    rows = {name: row for run in summary.runs for name, row in (run.config.get("published") or {}).items()}
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    cells = [
+        [Cell(who, value=who), *(Cell(_inline(row.get(name)) or "–", value=row.get(name)) for name in names)]
+        for who, row in rows.items()
+    ]
+    return Table(["", *map(_words, names)], cells) if cells else None
 
 
 def _official(name: str) -> Callable[[ArmSummary], Cell | None]:
@@ -724,8 +736,8 @@ def _told(asked: int, framed: int, drawn: int, gone: int) -> str:
     text += f"as thumbnails (at most {THUMBNAILS} a row) under {drawn:,} of them." if drawn else "without thumbnails."
     text += f" {span([gone], 'video')} could not be read again." if gone else ""
     return (
-        f"{text} Ticks are the frames shown, the curve is the score of every candidate (scaled to its own range; dots: "
-        "candidates asked for alone), shaded is the evidence, where it is known."
+        f"{text} Ticks are the frames shown; the curve is the score of every candidate, scaled to its own range (dots: "
+        "candidates asked for alone); shaded is the evidence, where it is known, and grey what is not asked about."
     )
 
 

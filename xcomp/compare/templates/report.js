@@ -59,6 +59,7 @@
     item.append(make("b", words[mark], { 1: "good", p: "good", 0: "bad" }[mark] || "none"));
     if (mark === "p") item.append(` ${q.s[arm].toFixed(2)}`);
     if (q.p[arm] !== null) item.append(` ${option(q.p[arm])}`);
+    else if (q.o.length && mark === "0") item.append(", no option named:");
     const said = make("small", data.texts[q.t[arm]]);
     said.dir = "auto";
     item.append(" ", said);
