@@ -2,11 +2,13 @@
 
 import re
 
+import numpy as np
 import pytest
+from scipy import optimize
 
 import xcomp
 from xcomp.cli import main
-from xcomp.compare.explain import HEIGHT, MOST, some, thumbnails, timeline
+from xcomp.compare.explain import HEIGHT, MOST, _apart, some, thumbnails, timeline
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,18 @@ def test_thumbnails_stand_near_their_frames_without_touching(question):
             assert middles[0] >= width / 2 - 0.01 and middles[-1] <= 100 - width / 2 + 0.01
     alone = timeline([("arm", record(question))], pictures).rows[0].thumbs[1]
     assert alone.middle == alone.at and alone.lane == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_other_places_are_nearer(seed):
+    wanted = np.sort(np.random.default_rng(seed).uniform(30, 60, size=6))
+    places = _apart(list(wanted), 4.0)
+    # The same as bounded least squares: the first place, and how much more than a step each other is from the last.
+    steps = np.tril(np.ones((6, 6)))
+    best = optimize.lsq_linear(steps, wanted - 4.0 * np.arange(6), ([-np.inf] + [0] * 5, np.inf), tol=1e-12).x
+    assert places == pytest.approx(steps @ best + 4.0 * np.arange(6), abs=1e-4)
+    crowd = _apart([99.0] * 6, 4.0)
+    assert crowd == pytest.approx([78, 82, 86, 90, 94, 98])
 
 
 def test_long_score_curves_keep_their_peaks(question):

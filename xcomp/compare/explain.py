@@ -36,7 +36,6 @@ from xcomp.video import VideoError
 Record = Mapping[str, Any]
 SHORTER, HEIGHT, WIDEST = 64, 60, 120  # pixels of a thumbnail: as stored, and as shown
 MOST = 32  # thumbnails a row; of more frames, so many are taken evenly
-LANE = 9.0  # per cent of the axis that a thumbnail is moved aside before it goes a lane down
 CURVE_POINTS = 400  # of longer score curves, the highest of each stretch
 NOMINAL = 800  # pixels of the narrowest axis below which thumbnails stand in lanes
 
@@ -270,31 +269,31 @@ def _row(
 
 
 def _lanes(wanted: Sequence[float], widths: Sequence[int]) -> list[tuple[float, int]]:
-    """Middle and lane of each thumbnail, in the order of time: near its frame, beside or below those before it."""
-    half = max((50 * (width + 4) / NOMINAL for width in widths), default=0.0)
-    capacity = max(1, int(50 / half)) if half else 1
-    lanes: list[list[float]] = []
-    chosen = []
-    for at in wanted:
-        at = min(max(at, half), 100 - half)
+    """Middle and lane of each thumbnail, ascending in time: as few lanes as hold them all, in turn, and in each lane as
+    near to their frames as they can stand without touching."""
+    step = 100 * max((width + 4 for width in widths), default=1) / NOMINAL
+    num_lanes = -(-len(wanted) // max(1, int(100 / step)))
+    places: list[tuple[float, int]] = [(0.0, 0)] * len(wanted)
+    for lane in range(num_lanes):
+        own = range(lane, len(wanted), num_lanes)
+        for place, middle in zip(own, _apart([wanted[i] for i in own], step)):
+            places[place] = middle, lane
+    return places
 
-        def cost(lane: int, at: float = at) -> float:
-            if lane == len(lanes):
-                return LANE * lane
-            full = len(lanes[lane]) >= capacity
-            return float("inf") if full else max(0.0, lanes[lane][-1] + 2 * half - at) + LANE * lane
 
-        lane = min(range(len(lanes) + 1), key=cost)
-        if lane == len(lanes):
-            lanes.append([])
-        lanes[lane].append(max([at, *(before + 2 * half for before in lanes[lane][-1:])]))
-        chosen.append((lane, len(lanes[lane]) - 1))
-    for middles in lanes:  # back from the right end
-        free = 100 - half
-        for place in reversed(range(len(middles))):
-            middles[place] = min(middles[place], free)
-            free = middles[place] - 2 * half
-    return [(lanes[lane][place], lane) for lane, place in chosen]
+def _apart(wanted: Sequence[float], step: float) -> list[float]:
+    """Places within 0..100, ``step`` apart and half a step from the ends, at the least squared distance from those
+    wanted: less a step for each before it, a place may not be below its predecessor's, which pools adjacent violators
+    (Ayer et al., 1955)."""
+    blocks: list[list[float]] = []  # sum and number of what was pooled
+    for i, at in enumerate(wanted):
+        blocks.append([at - step * i, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] >= blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
+    low, high = step / 2, 100 - step / 2 - step * (len(wanted) - 1)
+    levels = [min(max(total / count, low), high) for total, count in blocks for _ in range(int(count))]
+    return [level + step * i for i, level in enumerate(levels)]
 
 
 def _score_paths(record: Record, end: float) -> tuple[str, str]:

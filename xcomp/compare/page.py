@@ -267,12 +267,13 @@ def _facts(run: RunFacts, several: bool) -> Iterable[tuple[str, str]]:
     """What was run, on what; several runs begin with their names."""
     if several:
         yield "Run", f"{run.name} ({run.folder})"
-    told = ("missing", "defects", "num_questions", "num_videos")  # below, and in the summary's cautions
-    about = {key: value for key, value in run.benchmark.items() if key not in told}
+    counts = {"num_questions": "question", "num_videos": "video", "missing_questions": "missing question"}
+    about = {
+        k: v for k, v in run.benchmark.items() if k not in (*counts, "missing", "defects")
+    }  # those: in the cautions
     yield "Benchmark", _inline(about)
-    counts = [span([run.benchmark[key]], noun) for key, noun in (("num_questions", "question"), ("num_videos", "video"))
-              if isinstance(run.benchmark.get(key), int)]  # fmt: skip
-    yield "Size", ", ".join(counts)
+    sizes = [span([run.benchmark[key]], noun) for key, noun in counts.items() if run.benchmark.get(key)]
+    yield "Size", ", ".join(sizes)
     yield "Seed", _inline(run.config.get("seed"))
     yield "Hardware", _inline(run.hardware)
     yield "Versions", _inline(run.versions)
