@@ -8,7 +8,7 @@ What a question gets does not depend on which others are asked.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ class Query:
     """A video file, the bare question, and the text put to the model (question, options, request).
 
     ``id`` is the benchmark's name of the question, ``events`` the (start, end) seconds of the evidence where known,
-    ``span`` the seconds of the video that it is about (None: all).
+    ``span`` the seconds of the video that it is about (None: all). ``continuations`` are what stands for each option
+    as an answer, where the likeliest is taken.
     """
 
     video: str
@@ -48,6 +49,7 @@ class Query:
     id: str = ""
     events: tuple[tuple[float, float], ...] = ()
     span: tuple[float, float] | None = None
+    continuations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,9 @@ class Answer:
     """What the model wrote, what it saw, and what that took.
 
     Visual tokens: ``tokens_given`` of the vision path, ``tokens_in`` into the language model, ``tokens_per_layer`` in
-    each layer's cache. ``work`` is what a :mod:`xcomp.ledger` reads the cost from; ``share`` the cost once all
-    questions of the video are known.
+    each layer's cache. Where nothing was written, ``option_scores`` are the continuations' log-probabilities (or their
+    means), ``choice`` the first of the highest and ``text`` its continuation. ``work`` is what a :mod:`xcomp.ledger`
+    reads the cost from; ``share`` the cost once all questions of the video are known.
     """
 
     text: str
@@ -91,6 +94,7 @@ class Answer:
     scores: list[float | None] | None = field(default=None, repr=False)
     candidate_times: list[float] | None = field(default=None, repr=False)
     choice: int | None = None
+    option_scores: list[float] | None = None
 
     @property
     def kept(self) -> dict[str, float]:
@@ -258,7 +262,11 @@ class Answerer:
         for members in groups.values():
             for start in range(0, len(members), self.batch_size):
                 batch = members[start : start + self.batch_size]
-                found = self._batch(video, [queries[i] for i in batch], [choices[i] for i in batch], streamer)
+                asked = [queries[i] for i in batch], [choices[i] for i in batch]
+                if self.generation.mode == "loglikelihood":
+                    found = [self._likeliest(video, *one) for one in zip(*asked)]
+                else:
+                    found = self._batch(video, *asked, streamer)
                 for number, outcome in zip(batch, found):
                     outcomes[number] = outcome
             video.release_states()
@@ -292,19 +300,52 @@ class Answerer:
     ) -> list[Continuation]:
         shown = _shown(video.info, video.times(choice.frames))
         prompt = self._prompt(query, shown)
+        ids = self.answer_ids(prompt, texts)
+        with video.ledger.work("answer"):
+            state, _ = self._prefilled(video, choice.frames, [prompt])
+            found = []
+            for start in range(0, len(ids), self.batch_size):
+                found += self._scored(state, ids[start : start + self.batch_size])
+        return [Continuation(text, float(s.sum()), len(s), greedy) for text, (s, greedy) in zip(texts, found)]
+
+    def answer_ids(self, prompt: Prompt, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as the answer to a prompt."""
         tokenizer = self.backbone.tokenizer
         header = tokenizer.decode(prompt.header_ids)
         ids = [ids_behind(tokenizer, text, header) for text in texts]
         for text, tokens in zip(texts, ids):
             if not tokens:
                 raise QuestionError(f"the continuation {text!r} has no token to score")
-        with video.ledger.work("answer"):
-            state, _ = self._prefilled(video, choice.frames, [prompt])
-            found = []
-            for start in range(0, len(ids), self.batch_size):
-                batch = ids[start : start + self.batch_size]
-                found += self.decoder.score(state.repeat(len(batch)), batch)
-        return [Continuation(text, float(s.sum()), len(s), greedy) for text, (s, greedy) in zip(texts, found)]
+        return ids
+
+    def _scored(self, state: State, ids: list[list[int]]) -> list[tuple[Tensor, bool]]:
+        """``Decoder.score`` of several continuations of one sample; what is stored is copied only where it must be."""
+        if max(map(len, ids)) == 1:
+            return self.decoder.score(replace(state, logits=state.logits.expand(len(ids), -1)), ids)
+        return self.decoder.score(state.repeat(len(ids)), ids)
+
+    def _likeliest(self, video: VideoInFlight, query: Query, choice: Choice) -> Answer | Refused:
+        """The continuation that is most likely as the answer: all of a question's are scored in one pass."""
+        try:
+            if not query.continuations:
+                raise QuestionError("generation.mode: loglikelihood chooses among options, and the question has none")
+            times = video.times(choice.frames)
+            prompt = self._prompt(query, _shown(video.info, times))
+            ids, together = self.answer_ids(prompt, query.continuations), Work("answer")
+            with video.ledger.charge(together):
+                state, prefills = self._prefilled(video, choice.frames, [prompt])
+                question = 0 if self._needs_question else len(prompt.suffix_ids)
+                together.macs = self.decoder.append_macs(state, question)
+                together.macs += self.decoder.score_macs(state, question, [len(tokens) for tokens in ids])
+                found = [scores for scores, _ in self._scored(state, ids)]
+        except (VideoError, QuestionError) as error:
+            return error
+        mean = self.generation.normalise == "length"
+        scores = [float(s.mean() if mean else s.sum()) for s in found]
+        best = scores.index(max(scores))
+        work = Work("answer", needs={together, *prefills} | ({choice.work} if choice.work else set()))
+        answer = self._answer(video, choice, times, [counts[0] for counts in state.tokens_per_layer], work)
+        return replace(answer, text=query.continuations[best], choice=best, option_scores=scores)
 
     def _batch(
         self, video: VideoInFlight, queries: list[Query], choices: list[Choice], streamer: BaseStreamer | None
@@ -324,26 +365,30 @@ class Answerer:
                 return [error] * len(queries)
             return [self._batch(video, [q], [c], streamer)[0] for q, c in zip(queries, choices)]
         per_layer = [list(counts) for counts in zip(*state.tokens_per_layer)]
-        info = video.info
         answers = []
         for row, (choice, prompt, ids) in enumerate(zip(choices, prompts, written)):
             work = Work("answer", macs=self._answer_macs(state, row, prompt, ids))
             work.needs |= {together, *prefills[row : row + 1]} | ({choice.work} if choice.work else set())
-            answers.append(
-                Answer(
-                    text=self.backbone.tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                    frames=list(frames),
-                    times=times,
-                    duration=info.duration,
-                    tokens_per_layer=per_layer[row],
-                    tokens_in=per_layer[row][0],
-                    tokens_given=len(frames) // self.backbone.merged_frames * self.backbone.tokens_per_frame,
-                    work=work,
-                    scores=None if choice.scores is None else list(choice.scores),
-                    candidate_times=None if choice.scores is None else list(info.times),
-                )
-            )
+            text = self.backbone.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            answers.append(replace(self._answer(video, choice, times, per_layer[row], work), text=text))
         return answers
+
+    def _answer(
+        self, video: VideoInFlight, choice: Choice, times: list[float], tokens_per_layer: list[int], work: Work
+    ) -> Answer:
+        """An answer but for what it says."""
+        return Answer(
+            text="",
+            frames=list(choice.frames),
+            times=times,
+            duration=video.info.duration,
+            tokens_per_layer=tokens_per_layer,
+            tokens_in=tokens_per_layer[0],
+            tokens_given=len(choice.frames) // self.backbone.merged_frames * self.backbone.tokens_per_frame,
+            work=work,
+            scores=None if choice.scores is None else list(choice.scores),
+            candidate_times=None if choice.scores is None else list(video.info.times),
+        )
 
     def _prefilled(
         self, video: VideoInFlight, frames: tuple[int, ...], prompts: list[Prompt]

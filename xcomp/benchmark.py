@@ -61,6 +61,10 @@ class Benchmark:
         """The text put to the model, options included."""
         return multiple_choice_prompt(question.question, question.options) if question.options else question.question
 
+    def continuations(self, question: Question) -> tuple[str, ...]:
+        """What stands for each option as an answer, where the likeliest option is taken: what ``prompt`` asks for."""
+        return tuple(LETTERS[: len(question.options)])
+
     def parse(self, text: str, question: Question) -> int | None:
         """The option index that the model's ``text`` names, or None."""
         return parse_option(text, question.options)

@@ -29,6 +29,8 @@ from xcomp.shipped import built_in
 
 TRAINABLE = ("llm", "projector", "vision", "compressor")
 TEXT_FORMATS = ("answers", "released")
+ANSWER_MODES = ("generate", "loglikelihood")
+NORMALISATIONS = ("none", "length")
 DTYPES = ("float32", "bfloat16", "float16")
 EXPORTS = ("last", "best")
 # no_vision_gradient_from_512_frames: vision tower and projector learn nothing from a batch of 512 frames or more.
@@ -88,9 +90,11 @@ class Memory:
 
 @dataclass
 class Generation:
-    """How an answer is written: greedily unless ``do_sample`` or ``num_beams`` say otherwise.
+    """How an answer comes about.
 
-    The names are those of transformers' GenerationConfig.
+    ``generate``: it is written, greedily unless ``do_sample`` or ``num_beams`` say otherwise, by options with the names
+    of transformers' GenerationConfig. ``loglikelihood``: nothing is written; the option that is most likely as an
+    answer is taken, by the sum of its tokens' log-probabilities or (``normalise: length``) their mean.
     """
 
     max_new_tokens: int | None = None  # default the benchmark's own, 16 without one
@@ -101,6 +105,8 @@ class Generation:
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     seed: int = 0  # every batch of questions starts its draws from it
+    mode: str = "generate"  # or loglikelihood
+    normalise: str = "none"  # or length: with loglikelihood
 
     def limited(self, tokens: int) -> Generation:
         """The same; where it does not say how long an answer may get, at most so many tokens."""
@@ -583,7 +589,17 @@ def _decoding_rules(d: Decoding, m: Memory) -> list[tuple[bool, str]]:
 
 def _generation_rules(g: Generation) -> list[tuple[bool, str]]:
     """(whether it holds, what to say if not) for each option."""
+    plain = Generation(mode=g.mode, normalise=g.normalise)
+    written = [name for name, value in vars(g).items() if value != getattr(plain, name)]
+    writes = f"generation.{written[0]} is about written answers" if written else ""
+    modes, kinds = ", ".join(ANSWER_MODES), ", ".join(NORMALISATIONS)
+    scores = g.mode == "loglikelihood"
+    hint, kind = nearest(g.mode, ANSWER_MODES), nearest(g.normalise, NORMALISATIONS)
     return [
+        (g.mode in ANSWER_MODES, f"generation.mode is '{g.mode}';{hint} it must be one of {modes}"),
+        (g.normalise in NORMALISATIONS, f"generation.normalise is '{g.normalise}';{kind} it must be one of {kinds}"),
+        (scores or g.normalise == "none", f"generation.normalise: {g.normalise} is for mode: loglikelihood"),
+        (not (scores and written), f"{writes}; with mode: loglikelihood nothing is written"),
         (
             g.max_new_tokens is None or g.max_new_tokens >= 1,
             f"generation.max_new_tokens is {g.max_new_tokens}; it must be at least 1",

@@ -244,6 +244,12 @@ def _is_span(span: Any) -> bool:
     return right and 0 <= span[0] <= span[1]
 
 
+def check_continuations(who: str, found: Any, question: Question) -> None:
+    right = _are_texts(found) and len(found) == len(question.options) and all(found)
+    clause = f"continuations() must return a tuple of {len(question.options)} texts, one an option, not {found!r:.80}"
+    require(right, who, clause)
+
+
 def check_prediction(who: str, prediction: Any, question: Question) -> None:
     right = prediction is None or (type(prediction) is int and 0 <= prediction < len(question.options))
     require(right, who, f"parse() must return an option's number or None, not {prediction!r}")

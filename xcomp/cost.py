@@ -170,14 +170,17 @@ def counted_layers(
     return [LayerWork(n, n, _triangle(n), out) for n, out in zip(sizes[:-1], outputs)] + [last]
 
 
-def appended_layers(stored: Sequence[int], rows: int, *, whole: bool = False) -> list[LayerWork]:
-    """``rows`` tokens of text behind caches of the sizes ``stored``, one a layer; only the last leaves the last layer.
+def appended_layers(stored: Sequence[int], rows: int, *, whole: bool = False, every: bool = False) -> list[LayerWork]:
+    """``rows`` tokens of text behind caches of the sizes ``stored``, one a layer; only the last leaves the last layer,
+    or, with ``every``, all do.
 
     ``whole``: of a pass that stops early and is only looked at, where the last layer's queries are made for all rows
     and attend to nothing.
     """
-    layers = [LayerWork(rows, rows, rows * size + _triangle(rows), rows) for size in stored[:-1]]
-    return layers + [LayerWork(rows, rows, 0, 0) if whole else LayerWork(rows, 1, stored[-1] + rows, 1)]
+    layers = [LayerWork(rows, rows, rows * size + _triangle(rows), rows) for size in stored]
+    if every:
+        return layers
+    return layers[:-1] + [LayerWork(rows, rows, 0, 0) if whole else LayerWork(rows, 1, stored[-1] + rows, 1)]
 
 
 def paper_layers(tokens_per_layer: Sequence[int], text: int = 0) -> list[LayerWork]:

@@ -296,22 +296,33 @@ class Decoder:
         """For each sample of a state whose prompt has been run: the log-probability of every token of a given
         continuation, (n,) float32 on the CPU, and whether greedy search would write just that.
 
-        The tokens are run one by one, as an answer's are, so a compressor that looks on while answers are written does.
-        The state grows with them.
+        All are run in one pass; under a compressor that looks on while answers are written one token at a time, as an
+        answer's are. The state grows with them.
         """
         ids = [_ids(i) for i in continuations]
         if len(ids) != len(state.logits) or not all(map(len, ids)):
             raise ValueError(f"{len(state.logits)} samples take as many continuations of at least one token")
         padded = pad_sequence(ids, batch_first=True).to(self.backbone.device)
-        found, best = [], []
-        for step in range(padded.shape[1]):
-            if step:
-                self.decode(state, padded[:, step - 1])
-            logits = state.logits.float()
-            found.append(logits.log_softmax(-1).gather(1, padded[:, step, None])[:, 0])
-            best.append(logits.argmax(-1) == padded[:, step])
-        scores, greedy = torch.stack(found, 1).cpu(), torch.stack(best, 1).cpu()
+        real = torch.arange(padded.shape[1]) < torch.tensor([len(i) for i in ids]).unsqueeze(1)
+        scores, greedy = torch.zeros(padded.shape), torch.ones(padded.shape, dtype=torch.bool)
+        scores[:, 0], greedy[:, 0] = _told(state.logits, padded[:, 0])
+        if self._steps_while_decoding:
+            for step in range(1, padded.shape[1]):
+                logits = self.decode(state, padded[:, step - 1])
+                scores[:, step], greedy[:, step] = _told(logits, padded[:, step])
+        elif padded.shape[1] > 1:
+            behind = real[:, 1:]
+            text = TokenLayout.text(behind.sum(1).tolist())
+            hidden = self._append(self.backbone.embed(padded[:, :-1]), text, state, every=True)
+            rows = behind.to(hidden.device)
+            told = _told(self.backbone.head(hidden[rows]), padded[:, 1:][rows])
+            scores[:, 1:][behind], greedy[:, 1:][behind] = told
         return [(scores[row, : len(i)], bool(greedy[row, : len(i)].all())) for row, i in enumerate(ids)]
+
+    @property
+    def _steps_while_decoding(self) -> bool:
+        """Whether tokens behind a prompt must be run one at a time."""
+        return defines(self.compressor, "while_decoding")
 
     def plan(self, tokens_per_frame: int) -> list[tuple[int, ...]] | None:
         """The slots of a frame that each layer keeps, checked; None where it depends on the data."""
@@ -353,6 +364,18 @@ class Decoder:
             total += pass_cost(shape, layers, head_positions=0 if whole else 1).macs
             stored = [size + new for size in stored]
         return total
+
+    def score_macs(self, state: State, question: int, lengths: Sequence[int], *, row: int = 0) -> int:
+        """MACs of :meth:`score` for continuations of so many tokens, behind ``question`` tokens of text behind what one
+        sample of ``state`` prefilled; those of the question are not counted."""
+        if self._steps_while_decoding:
+            asked = self.append_macs(state, question, row=row)
+            return sum(self.append_macs(state, question, *[1] * (n - 1), row=row) - asked for n in lengths)
+        shape = LLMShape.from_config(self.backbone.text_config)
+        stored = [int(layout.counts[row]) + question for layout in state.prefilled]
+        passes = (appended_layers(stored, n - 1, every=True) for n in lengths if n > 1)
+        heads = (n - 1 for n in lengths if n > 1)
+        return sum(pass_cost(shape, layers, head_positions=n).macs for layers, n in zip(passes, heads))
 
     # --- the pass ---------------------------------------------------------------------------------------------------
 
@@ -509,8 +532,11 @@ class Decoder:
                 layout = kept
         raise AssertionError("a language model has at least one layer")
 
-    def _append(self, hidden: Tensor, new: TokenLayout, state: State, *, decoding: bool = False) -> None:
-        """Run new text (B, R, D) over the stored caches; only each sample's last row leaves the last layer."""
+    def _append(
+        self, hidden: Tensor, new: TokenLayout, state: State, *, decoding: bool = False, every: bool = False
+    ) -> Tensor | None:
+        """Run new text (B, R, D) over the stored caches; only each sample's last row leaves the last layer, to become
+        the state's logits. With ``every`` all rows do, (B, R, D), and the state has none."""
         watches = decoding and defines(self.compressor, "while_decoding")
         before = state.text
         state.text = before.append(new)
@@ -531,12 +557,16 @@ class Decoder:
                 if layer == self.stop_layer - 1:
                     self._store(layer, hidden, rotary, state.cache, observe)
                     state.logits = None
-                    return
-            queries = last if layer == self.backbone.num_layers - 1 else None
+                    return None
+            queries = last if layer == self.backbone.num_layers - 1 and not every else None
             hidden = self._layer(
                 layer, hidden, rotary, state.cache, layout, queries, queries, observe, layout.width - new.width
             )
+        if every:
+            state.logits = None
+            return hidden
         state.logits = self.backbone.head(hidden[:, -1])
+        return None
 
     def _observe(self, layer: int, layout: TokenLayout, rows: int, queries: Tensor, keys: Tensor) -> None:
         self.observer(Observation(layer, queries[:, :, -rows:], keys, layout))
@@ -752,6 +782,12 @@ def _reduce(
     if wanted is not None:
         wanted = (keep.cumsum(1) - 1).gather(1, wanted)
     return index, kept, wanted
+
+
+def _told(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of (N, V) logits and (N,) tokens: log-probabilities in float32, and whether they are likeliest; on the CPU."""
+    logits = logits.float()
+    return logits.log_softmax(-1).gather(1, tokens.unsqueeze(1))[:, 0].cpu(), (logits.argmax(-1) == tokens).cpu()
 
 
 def _frame_texts(texts: FrameTexts, video: VisualTokens) -> list[FrameText]:

@@ -24,7 +24,7 @@ from transformers.generation import BaseStreamer
 from xcomp.adapters import adapter_parameters
 from xcomp.answering import Answer, Answerer, Query, Refused
 from xcomp.backbone import Backbone
-from xcomp.benchmark import Benchmark, multiple_choice_prompt, parse_option
+from xcomp.benchmark import LETTERS, Benchmark, multiple_choice_prompt, parse_option
 from xcomp.compressor import Compressor
 from xcomp.config import (
     LR_SCHEDULES,
@@ -45,7 +45,7 @@ from xcomp.decoding import DecodingPool
 from xcomp.inflight import VideoInFlight
 from xcomp.ledger import shares
 from xcomp.recorded import resolved_compressor
-from xcomp.scoring import judge
+from xcomp.scoring import verdict_on
 from xcomp.selector import FrameSelector
 from xcomp.sharding import is_sharded, shard
 from xcomp.video import VideoError
@@ -168,11 +168,12 @@ class VideoQA(L.LightningModule):
             with self.open(video) as opened:
                 return self.ask(opened, question, options, streamer)
         text = multiple_choice_prompt(question, options) if options else question
-        (answer,) = self.answerer.answer(video, [Query(video.path, question, text)], streamer)
+        query = Query(video.path, question, text, continuations=tuple(LETTERS[: len(options or ())]))
+        (answer,) = self.answerer.answer(video, [query], streamer)
         if not isinstance(answer, Answer):
             raise answer
         answer.share = shares({0: answer.work})[0]
-        if options:
+        if options and answer.option_scores is None:
             answer.choice = parse_option(answer.text, options)
         return answer
 
@@ -223,7 +224,7 @@ class VideoQA(L.LightningModule):
         for (question, _), answer in zip(batch, self.answer([query for _, query in batch])):
             if not isinstance(answer, Answer):
                 raise answer
-            self.accuracy.update(judge(self.benchmark, question, answer.text).score)
+            self.accuracy.update(verdict_on(self.benchmark, question, answer).score)
         self.log("test/accuracy", self.accuracy, batch_size=len(batch))
 
     def _loss(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:

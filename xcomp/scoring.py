@@ -8,9 +8,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xcomp.answering import Query
+from xcomp.answering import Answer, Query
 from xcomp.benchmark import Benchmark, Question
-from xcomp.contract import check_metrics, check_prediction, check_questions, name_of
+from xcomp.contract import check_continuations, check_metrics, check_prediction, check_questions, name_of
 from xcomp.messages import printable
 
 SHOWN = 10  # of a list of missing videos
@@ -52,8 +52,27 @@ def list_missing(missing: Sequence[str]) -> list[str]:
 
 def query_of(benchmark: Benchmark, question: Question) -> Query:
     """The question as a model is asked it."""
-    text = benchmark.prompt(question)
-    return Query(question.video, question.question, text, question.id, question.events, question.span)
+    text, continuations = benchmark.prompt(question), ()
+    if question.options:
+        continuations = benchmark.continuations(question)
+        check_continuations(name_of("benchmark", benchmark), continuations, question)
+    own = question.id, question.events, question.span
+    return Query(question.video, question.question, text, *own, continuations)
+
+
+def check_mode(mode: str, questions: Sequence[Question]) -> None:
+    """ValueError where the likeliest option is to be taken and a question has none."""
+    opened = [question.id for question in questions if not question.options]
+    if mode == "loglikelihood" and opened:
+        raise ValueError(
+            f"generation.mode: loglikelihood chooses among options, and {len(opened)} of the benchmark's questions are "
+            f"open, e.g. '{opened[0]}'; ask those with mode: generate"
+        )
+
+
+def verdict_on(benchmark: Benchmark, question: Question, answer: Answer) -> Verdict:
+    """The verdict on an answer: on the option that is likeliest, or on what was written."""
+    return judge(benchmark, question, answer.text) if answer.option_scores is None else _chosen(question, answer.choice)
 
 
 def judge(benchmark: Benchmark, question: Question, text: str) -> Verdict:
@@ -70,10 +89,10 @@ def judge(benchmark: Benchmark, question: Question, text: str) -> Verdict:
         return Verdict(None, next(iter(metrics.values())), metrics)
     prediction = benchmark.parse(text, question)
     check_prediction(who, prediction, question)
-    return chosen(question, prediction)
+    return _chosen(question, prediction)
 
 
-def chosen(question: Question, prediction: int | None) -> Verdict:
+def _chosen(question: Question, prediction: int | None) -> Verdict:
     """The verdict on an option: right if there is a right one and it is this one."""
     return Verdict(prediction, float(prediction is not None and prediction == question.answer), {})
 

@@ -525,6 +525,9 @@ class Needle(Benchmark):
             return super().prompt(question)
         return words_prompt(question.question, question.options)
 
+    def continuations(self, question: Question) -> tuple[str, ...]:
+        return super().continuations(question) if self.config.answers == "letter" else question.options
+
     def parse(self, text: str, question: Question) -> int | None:
         """The option whose words are the answer; with letters, also the one whose letter it names."""
         parse = parse_option if self.config.answers == "letter" else parse_words

@@ -154,6 +154,9 @@ class Questions(Benchmark):
         lines = [cue.text for cue in shown if cue.text]
         return "\n".join(["This video's subtitles are listed below:", *lines, asked]) if lines else asked
 
+    def continuations(self, question: Question) -> tuple[str, ...]:
+        return super().continuations(question) if self.config.prompts == "letters" else question.options
+
     def score(self, text: str, question: Question) -> dict[str, float]:
         return {name: metric(text, question.references) for name, metric in self._metrics.items()}
 

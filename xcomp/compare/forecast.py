@@ -43,7 +43,7 @@ from xcomp.decoding import DecodingPool, Span, VideoInfo
 from xcomp.layout import merged_lengths
 from xcomp.registry import configure
 from xcomp.schedule import keep_slots, token_counts
-from xcomp.scoring import list_missing, missing_videos, read_questions
+from xcomp.scoring import check_mode, list_missing, missing_videos, query_of, read_questions
 from xcomp.selector import FrameQuery
 from xcomp.tiny import tiny_backbone
 from xcomp.video import VideoError
@@ -61,7 +61,8 @@ TABLE_E = {1024: (43, 20), 2048: (132, 58), 4096: (448, 187)}
 class QuestionCost:
     """One question of one arm, about one video, from shapes alone. MACs by stage; None where they are not known.
 
-    ``writing_macs`` are those of the longest answer that generation allows, which is not in ``macs``. ``notes`` say
+    ``writing_macs`` are those of the longest answer that generation allows, or of scoring the options' words, which are
+    not in ``macs``. ``notes`` say
     what is not known, or is only a bound.
     """
 
@@ -126,9 +127,14 @@ def question_cost(answerer: Answerer, arm: str, info: VideoInfo, query: Query) -
         for work, heads in ((layers, int(needs_question)), (question, int(not needs_question)))
     )
     held, generation = [layer.keys + (0 if needs_question else suffix) for layer in layers], answerer.generation
-    for written in range(generation.max_new_tokens - 1):  # the last token is not read again
-        step = pass_cost(shape, appended_layers([n + written for n in held], 1), head_positions=1)
-        found.writing_macs += step.macs * generation.num_beams
+    if generation.mode == "loglikelihood":  # the last token of an option, or of an answer, is not read again
+        lengths = [len(ids) - 1 for ids in answerer.answer_ids(prompt, query.continuations)]
+        scored = (pass_cost(shape, appended_layers(held, n, every=True), head_positions=n) for n in lengths if n)
+        found.writing_macs = sum(cost.macs for cost in scored)
+    else:
+        for written in range(generation.max_new_tokens - 1):
+            step = pass_cost(shape, appended_layers([n + written for n in held], 1), head_positions=1)
+            found.writing_macs += step.macs * generation.num_beams
     found.kv_bytes = prefill.kv_bytes + asked.kv_bytes
     found.weight_bytes = sum(parameter.numel() for parameter in backbone.parameters()) * size
     encoded, found.macs = num_frames, {"vision": None, "select": 0, "prefill": prefill.macs, "answer": asked.macs}
@@ -321,7 +327,7 @@ def dry_run(config: RunConfig) -> bool:
         raise ConfigError("no benchmark; name one, e.g. benchmark: needle")
     arms, console = resolve_arms(config), Console()
     benchmark = build_component("benchmark", config.benchmark, config.plugins)
-    questions, problem = _questions(benchmark, config.limit)
+    questions, problem = _questions(benchmark, config.limit, config.generation.mode)
     found = _find_videos(config, questions, console)
     for what, count in benchmark.defects.items():
         console.print(f"  {count} with a defect: {what}", markup=False, soft_wrap=True)
@@ -333,7 +339,7 @@ def dry_run(config: RunConfig) -> bool:
     info, where = _typical(config, infos)
     if questions:
         first = questions[0]
-        query = Query(first.video, first.question, benchmark.prompt(first))
+        query = query_of(benchmark, first)
     else:
         query = Query("", QUESTION, multiple_choice_prompt(QUESTION, ["yes", "no", "neither", "both"]))
     known = _Arms(config, arms, benchmark)
@@ -366,13 +372,15 @@ def _print_published(arms: Sequence[ResolvedArm], others: Mapping[str, Mapping[s
         console.print(table)
 
 
-def _questions(benchmark: Any, limit: int | None) -> tuple[list[Question], str | None]:
+def _questions(benchmark: Any, limit: int | None, mode: str) -> tuple[list[Question], str | None]:
     try:
-        return read_questions(benchmark)[:limit], None
+        questions = read_questions(benchmark)[:limit]
     except ContractError:
         raise
     except (ValueError, OSError) as error:
         return [], " ".join(str(error).split())
+    check_mode(mode, questions)
+    return questions, None
 
 
 def _find_videos(config: RunConfig, questions: Sequence[Question], console: Console) -> list[str]:

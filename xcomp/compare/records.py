@@ -17,7 +17,7 @@ from xcomp.benchmark import Benchmark, Question
 from xcomp.config import ConfigError
 from xcomp.decoding import VideoInfo
 from xcomp.run import write_atomically
-from xcomp.scoring import judge, prompt_sha
+from xcomp.scoring import prompt_sha, verdict_on
 
 RECORDS = "records.jsonl"
 Record = dict[str, Any]
@@ -65,13 +65,14 @@ def record(
     }
     if not isinstance(outcome, Answer):
         return {**line, "error": str(outcome)}
-    verdict = judge(benchmark, question, outcome.text)
+    verdict = verdict_on(benchmark, question, outcome)
     return {
         **line,
         "prediction": verdict.prediction,
         "correct": verdict.score >= 1,
         "score": verdict.score,
         "metrics": verdict.metrics,
+        "option_scores": outcome.option_scores,
         "text": outcome.text,
         "frames": outcome.frames,
         "times": outcome.times,

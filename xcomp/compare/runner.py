@@ -53,7 +53,7 @@ from xcomp.messages import nearest, printable
 from xcomp.recorded import tell_others
 from xcomp.registry import configure
 from xcomp.run import check_run, hold_run, make_trainer, open_run
-from xcomp.scoring import list_missing, missing_videos, query_of, read_questions
+from xcomp.scoring import check_mode, list_missing, missing_videos, query_of, read_questions
 from xcomp.selector import shared_selector
 from xcomp.video import VideoError
 
@@ -155,6 +155,7 @@ class Comparison:
             ConfigError: if videos are missing, unless that is allowed and some are there.
         """
         questions = read_questions(self.benchmark)[: self.config.limit]
+        check_mode(self.config.generation.mode, questions)
         missing, videos = missing_videos(questions), {question.video for question in questions}
         if missing and rank_zero_only.rank == 0:
             print("\n".join(list_missing(missing)), flush=True)
@@ -316,8 +317,9 @@ class Panel(L.LightningModule):
         waiting = video.ledger.seconds_waiting / max(1, len(works))
         lines = []
         for arm, rows in done.items():
+            mode = self.answerers[arm].generation.mode
             for question, query, outcome in rows:
-                line = record(arm, question, query, outcome, self.benchmark, info, "generate")
+                line = record(arm, question, query, outcome, self.benchmark, info, mode)
                 if (cost := costs.get((arm, question.id))) is not None:
                     line |= {
                         "macs": cost.macs,
