@@ -32,6 +32,7 @@ def test_a_run_tells_what_the_benchmark_does(name, tmp_path, video):
         "sampling": {"rate": 1, "min_frames": 4, "max_frames": 20, "multiple": 4},
         "decoding": {"workers": 0},
         "trainer": {"enable_progress_bar": False},
+        "published": {"Another [model]": {"accuracy": 12.5}},
     }
     folder = evaluate(parse_config(run, "x"))
     questions = xcomp.load_benchmark(name, **options).questions()
@@ -45,3 +46,5 @@ def test_a_run_tells_what_the_benchmark_does(name, tmp_path, video):
     plugin = load_class("benchmark", name)
     assert summary["axes"] == list(plugin.axes)
     assert summary["arms"][0]["official"] == pytest.approx(plugin.metrics(records))
+    (quoted,) = [line for line in (folder / "table.md").read_text().splitlines() if "Another" in line]
+    assert "model" in quoted and "12.5" in quoted

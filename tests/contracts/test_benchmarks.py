@@ -221,7 +221,7 @@ BROKEN = {
     ParsesNothing: r"parse\(\) must find option 0 of '1'",
     ParsesEverything: r"parse\(\) must give None for an empty answer, not 0",
     WritesNothing: "max_new_tokens must be at least 1, not 0",
-    TrainsOnNothing: r"training_records\(\) must not fail; .*'video' must be a path",
+    TrainsOnNothing: r"training_records\(\) must not fail; .*turns must alternate between human and gpt",
 }
 
 

@@ -232,9 +232,10 @@ def _num_labels(summary: Summary, axis: str) -> int:
 
 
 def others(summary: Summary) -> Grid | None:
-    """The benchmark's own metrics, events shown, and published numbers beside ours."""
+    """The benchmark's own metrics, events shown, and published numbers beside ours, of other models too."""
     official = list(dict.fromkeys(key for arm in summary.arms for key in arm.official or {}))
-    published = list(dict.fromkeys(key for arm in summary.arms for key in arm.published))
+    quoted = {name: row for run in summary.runs for name, row in (run.config.get("published") or {}).items()}
+    published = list(dict.fromkeys(k for row in (*(a.published for a in summary.arms), *quoted.values()) for k in row))
     if official == ["accuracy"] and all(_is_own(arm) for arm in summary.arms):
         official = []
     recall = any(arm.event_recall is not None for arm in summary.arms)
@@ -247,8 +248,11 @@ def others(summary: Summary) -> Grid | None:
     for arm in summary.arms:
         row = [arm.name, percent(arm.accuracy), *([percent(arm.hard)] if summary.hard else [])]
         row += [_plain_number((arm.official or {}).get(key)) for key in official]
-        row += [_plain_number(arm.published.get(key)) for key in published]
+        row += [_as_quoted(arm.published.get(key)) for key in published]
         rows.append(row + ([_plain_number(_times(arm.event_recall, 100))] if recall else []))
+    for name, row in quoted.items():
+        numbers = {f"{key} (published)": _as_quoted(row.get(key)) for key in published}
+        rows.append([name, *(numbers.get(column, "–") for column in columns[1:])])
     notes = []
     if summary.hard:
         how = "named in the configuration" if summary.hard.found == "named" else "plain down-sampling"
@@ -315,6 +319,11 @@ def span(counts: Sequence[int], noun: str) -> str:
     low, high = min(counts), max(counts)
     text = f"{high:,}" if low == high else f"{low:,}–{high:,}"
     return f"{text} {noun}{'' if high == 1 else 's'}"
+
+
+def _as_quoted(value: object) -> str:
+    """With as many digits as a paper has."""
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _plain_number(value: object) -> str:
