@@ -32,7 +32,7 @@ QUESTIONS = [
     "What stands in the middle?", "Does anything stay still?", "Where is it dark?", "What is the largest thing?",
     "Which corner is empty?",
 ]  # fmt: skip
-TIMED = ("seconds", "seconds_amortised", "seconds_waiting", "peak_memory")
+TIMED = ("seconds", "seconds_amortised", "seconds_waiting", "seconds_harness", "peak_memory")
 BENCHMARK = '''
 import json
 from dataclasses import dataclass

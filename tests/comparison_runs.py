@@ -9,7 +9,7 @@ from typing import Any
 
 from video_kinds import encode
 
-TIMED = ("seconds", "seconds_amortised", "seconds_waiting", "peak_memory")
+TIMED = ("seconds", "seconds_amortised", "seconds_waiting", "seconds_harness", "peak_memory")
 ARMS = [
     {"name": "whole", "compressor": "none", "frames": 8},
     {"name": "half", "compressor": {"name": "avg_pool", "tokens": 8}, "selector": "qc_comp", "frames": 4},

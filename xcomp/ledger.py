@@ -40,6 +40,8 @@ class Work:
 class Ledger:
     """Measures works. ``wait`` blocks until the device is idle, so that a stage's seconds are its own."""
 
+    clock = staticmethod(time.perf_counter)
+
     def __init__(self, wait: Callable[[], None] = lambda: None):
         self._wait = wait
         self._open: list[Work] = []
@@ -69,11 +71,11 @@ class Ledger:
     def waiting(self) -> Iterator[None]:
         """Seconds inside are nobody's: another process works meanwhile, and tells its own."""
         self._stop()
-        started = time.perf_counter()
+        started = self.clock()
         try:
             yield
         finally:
-            self._since = time.perf_counter()
+            self._since = self.clock()
             self.seconds_waiting += self._since - started
 
     def use(self, work: Work) -> None:
@@ -84,7 +86,7 @@ class Ledger:
     def _stop(self) -> None:
         """The work measured so far gets its seconds; the clock goes on for the next."""
         self._wait()
-        now = time.perf_counter()
+        now = self.clock()
         if self._open:
             self._open[-1].seconds += now - self._since
         self._since = now

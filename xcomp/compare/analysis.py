@@ -52,6 +52,7 @@ METRICS = {
     "seconds": {"unit": "seconds, mean a question, alone on a fresh video, by stage", "direction": "lower"},
     "seconds_amortised": {"unit": "seconds, mean a question, shared work divided, by stage", "direction": "lower"},
     "harness": {"unit": "seconds, mean a question, that are no stage's", "direction": "lower"},
+    "harness_share": {"unit": "of the seconds of the model's process, but for waiting", "direction": "lower"},
     "peak_memory": {"unit": "bytes, the largest seen", "direction": "lower"},
     "event_recall": {"unit": "share of a question's events of which a frame was shown, mean", "direction": "higher"},
 }
@@ -86,8 +87,9 @@ class ArmSummary:
     ``tokens_given`` leave the vision path, ``tokens_in`` enter the language model, ``tokens_out`` are left in its last
     layer; ``tokens_per_layer`` are the mean of each layer and ``kv_tokens`` the mean over layers. ``macs`` and
     ``seconds`` are by stage, as a question would take them alone on a fresh video; ``seconds_amortised`` divides what
-    was shared by those who shared it. ``seconds_waiting`` the model stood still for decoding, ``harness`` is time
-    between the stages. All are means; ``total_…`` are sums over stages. ``peak_memory`` is the largest seen, in bytes.
+    was shared by those who shared it. ``seconds_waiting`` the model stood still for decoding; ``harness`` is time between
+    the stages, and ``harness_share`` its share of the model's process but for waiting. All are means; ``total_…`` are
+    sums over stages. ``peak_memory`` is the largest seen, in bytes.
 
     ``labels`` are accuracies by axis and label, ``official`` the benchmark's own metrics in per cent (None where there
     are none), ``hard`` the accuracy on the hard part of the questions, ``published`` what the configuration quotes.
@@ -120,6 +122,7 @@ class ArmSummary:
     total_seconds_amortised: float | None
     seconds_waiting: float | None
     harness: float | None
+    harness_share: float | None
     peak_memory: dict[str, int]
     event_recall: float | None
     labels: dict[str, dict[str, Accuracy]]
@@ -354,7 +357,7 @@ def _arm_summary(
     _by_question(records)  # refuses a question answered twice
     ran = [record for record in records if not record.get("error")]
     macs, seconds, amortised = (_stage_means(ran, key) for key in ("macs", "seconds", "seconds_amortised"))
-    per_layer = _layer_means(ran)
+    per_layer, harness = _layer_means(ran), _mean(ran, "seconds_harness")
     return ArmSummary(
         name=name,
         name_in_run=name_in_run,
@@ -381,7 +384,8 @@ def _arm_summary(
         seconds_amortised=amortised,
         total_seconds_amortised=_total(amortised),
         seconds_waiting=_mean(ran, "seconds_waiting"),
-        harness=_mean(ran, "seconds_harness"),
+        harness=harness,
+        harness_share=_share(harness, amortised),
         peak_memory=_largest(ran, "peak_memory"),
         event_recall=_mean_of(_event_recall(record) for record in ran),
         labels=_label_accuracies(records, axes),
@@ -446,6 +450,12 @@ def _largest(records: Iterable[Record], key: str) -> dict[str, int]:
 
 def _total(by_stage: Mapping[str, float]) -> float | None:
     return float(sum(by_stage.values())) if by_stage else None
+
+
+def _share(harness: float | None, amortised: Mapping[str, float]) -> float | None:
+    """Of the time of the model's process: decoding runs in others."""
+    total = (harness or 0) + sum(seconds for stage, seconds in amortised.items() if stage != "decode")
+    return None if harness is None or not total else harness / total
 
 
 def _mean(records: Iterable[Record], key: str) -> float | None:

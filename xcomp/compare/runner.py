@@ -47,7 +47,7 @@ from xcomp.config import ConfigError, RunConfig, build_component, component_part
 from xcomp.contract import check_methods
 from xcomp.decoding import DecodingPool
 from xcomp.inflight import PixelBudget, VideoInFlight
-from xcomp.ledger import shares
+from xcomp.ledger import Ledger, Share, shares
 from xcomp.memory import PeakMemory
 from xcomp.messages import nearest, printable
 from xcomp.recorded import tell_others
@@ -272,10 +272,12 @@ class Panel(L.LightningModule):
         self.parts = nn.ModuleList(dict.fromkeys(parts))  # so that Lightning moves them with the backbone
         self.needs = dict.fromkeys(need for a in answerers.values() for need in a.compressor.needs)
         self.writes_to: Path | None = None
+        self.told = 0.0  # up to when time is told in records
 
     def on_predict_start(self) -> None:
         for answerer in {id(a.compressor): a for a in self.answerers.values()}.values():
             answerer.warm_up()
+        self.told = Ledger.clock()
 
     def expected(self, task: VideoTask):
         """What to decode of a video ahead of its questions: all that some arm will need."""
@@ -315,6 +317,7 @@ class Panel(L.LightningModule):
         works = {(arm, q.id): out.work for arm, rows in done.items() for q, _, out in rows if isinstance(out, Answer)}
         costs, info = shares(works), video.known
         waiting = video.ledger.seconds_waiting / max(1, len(works))
+        harness = self._harness(video, costs.values()) / max(1, len(works))
         lines = []
         for arm, rows in done.items():
             mode = self.answerers[arm].generation.mode
@@ -326,10 +329,19 @@ class Panel(L.LightningModule):
                         "seconds": cost.seconds,
                         "seconds_amortised": cost.seconds_amortised,
                         "seconds_waiting": round(waiting, 6),
+                        "seconds_harness": round(harness, 6),
                         "peak_memory": peaks[arm],
                     }
                 lines.append(line)
         return lines
+
+    def _harness(self, video: VideoInFlight, costs: Iterable[Share]) -> float:
+        """Seconds since the last video's records were made that are no stage's of this process, nor waiting."""
+        now = Ledger.clock()
+        stages = sum(s for cost in costs for stage, s in cost.seconds_amortised.items() if stage != "decode")
+        harness = now - self.told - video.ledger.seconds_waiting - stages
+        self.told = now
+        return max(0.0, harness)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch

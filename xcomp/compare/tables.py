@@ -112,19 +112,23 @@ def stages(summary: Summary, *, brief: bool = False) -> list[Grid]:
         if brief:  # stages that take no time in any arm have no room
             shown = [stage for stage in shown if any(significant(arm.seconds.get(stage)) != "0.000" for arm in arms)]
         rows = [
-            [arm.name, *(significant(arm.seconds.get(stage)) for stage in shown), significant(arm.harness)]
-            for arm in arms
+            [arm.name, *(significant(arm.seconds.get(stage)) for stage in shown), _harness_cell(arm)] for arm in arms
         ]
         totals = [[significant(arm.total_seconds), significant(arm.total_seconds_amortised)] for arm in arms]
         rows = rows if brief else [[*row, *total] for row, total in zip(rows, totals, strict=True)]
         title = "Seconds by stage" + (f": {name}" if name else "")
         note = (
-            "Means a question, alone on a fresh video; 'harness': time of the run that is no stage's, divided among "
-            "its questions. Decoding runs beside the model: seconds of the decoding processes divided by their number."
+            "Means a question, alone on a fresh video. Harness: time of the run that is no stage's, divided among its "
+            "questions, and its share of the model's process (stages with shared work divided, without decoding and "
+            "waiting). Decoding runs beside the model: seconds of its processes divided by their number."
         )
         columns = ["arm", *shown, "harness", *([] if brief else ["total", "shared"])]
         found.append(Grid(title, columns, rows, [note]))
     return found
+
+
+def _harness_cell(arm: ArmSummary) -> str:
+    return "–" if arm.harness is None else f"{significant(arm.harness)} ({100 * (arm.harness_share or 0):.1f}\u00a0%)"
 
 
 def differences(summary: Summary, *, brief: bool = False) -> Grid | None:
@@ -449,7 +453,7 @@ def _csv_row(summary: Summary, arm: ArmSummary) -> dict[str, object]:
     row |= {name: getattr(arm, name) for name in names}
     row |= {f"macs_{stage}": value for stage, value in arm.macs.items()}
     on = "" if summary.seconds_comparable else f" on {arm.run}"
-    for name in ("total_seconds", "total_seconds_amortised", "seconds_waiting", "harness"):
+    for name in ("total_seconds", "total_seconds_amortised", "seconds_waiting", "harness", "harness_share"):
         row[f"{name}{on}"] = getattr(arm, name)
     row |= {f"seconds_{stage}{on}": value for stage, value in arm.seconds.items()}
     row |= {f"seconds_amortised_{stage}{on}": value for stage, value in arm.seconds_amortised.items()}
