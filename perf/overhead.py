@@ -4,9 +4,9 @@
     python perf/overhead.py --profile            # and which functions take it
     python perf/overhead.py --wall               # by the clock instead of processor seconds
 
-Stages and harness are those of the records (``seconds_harness``): with works shared among questions, the run's own time
-is what is left of the asking of all videos. By default every clock is that of the processor time of the model's process,
-one thread, so that other work on the machine does not count.
+Stages and harness are those of the records (``seconds_harness``): what is left of asking all videos when the works of
+all stages are taken away. By default every clock is that of the processor time of the model's process, one thread, so
+that other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from measure import about, write
 
+from xcomp.compare.records import read_records
 from xcomp.compare.runner import Comparison, compare
-from xcomp.compare.runner import read_records as records_of
 from xcomp.config import load_config
 from xcomp.ledger import STAGES, Ledger
 
@@ -35,7 +35,7 @@ def ask(folder: Path, name: str, videos: int, batch: int) -> list[dict[str, Any]
     options = [f"benchmark.num_videos={videos}", f"batch_size={batch}", "trainer.enable_progress_bar=false"]
     with redirect_stdout(io.StringIO()):
         compare(load_config("demo", [*options, f"name={name}", f"output={folder}"]))
-    return records_of(folder / name)
+    return read_records(folder / name)
 
 
 def shares_of(records: list[dict[str, Any]]) -> dict[str, float]:

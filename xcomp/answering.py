@@ -183,16 +183,19 @@ class Answerer:
         if not self._chooses(video.info):
             return [Choice(self._by_number(video.info))] * len(queries)
         shown = _shown(video.info, video.info.times)
-        asked = {q: self._frame_query(q, shown) for q in dict.fromkeys(queries)}
+        asked = {q: self._frame_query(video, q, shown) for q in dict.fromkeys(queries)}
         few = isinstance(self.selector, Picker) and self.selector.asks_for_few
         if not few:
             self._score(video, asked)
         picked = {query: self._pick(video, query, frame_query, few) for query, frame_query in asked.items()}
         return [picked[query] for query in queries]
 
-    def _frame_query(self, query: Query, shown: ShownVideo) -> FrameQuery:
+    def _frame_query(self, video: VideoInFlight, query: Query, shown: ShownVideo) -> FrameQuery:
+        work = Work("select")
+        with video.ledger.charge(work):
+            prompt = self._prompt(query, shown)
         more = {"id": query.id, "events": query.events, "seed": self.seed, "video": query.video}
-        return FrameQuery(query.question, self._prompt(query, shown), shown=shown, **more)
+        return FrameQuery(query.question, prompt, work, shown=shown, **more)
 
     def _score(self, video: VideoInFlight, asked: Mapping[Query, FrameQuery]) -> None:
         """Scores of the questions that lack them, in ``video.scores``."""
@@ -355,21 +358,21 @@ class Answerer:
         try:
             times = video.times(frames)
             shown = _shown(video.info, times)
-            prompts = [self._prompt(query, shown) for query in queries]
             together = Work("answer")
             with video.ledger.charge(together):
+                prompts = [self._prompt(query, shown) for query in queries]
                 state, prefills = self._prefilled(video, frames, prompts)
                 written = self._write(state, streamer)
+                said = [self.backbone.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
         except (VideoError, QuestionError) as error:
             if isinstance(error, VideoError) or len(queries) == 1:
                 return [error] * len(queries)
             return [self._batch(video, [q], [c], streamer)[0] for q, c in zip(queries, choices)]
         per_layer = [list(counts) for counts in zip(*state.tokens_per_layer)]
         answers = []
-        for row, (choice, prompt, ids) in enumerate(zip(choices, prompts, written)):
+        for row, (choice, prompt, ids, text) in enumerate(zip(choices, prompts, written, said)):
             work = Work("answer", macs=self._answer_macs(state, row, prompt, ids))
             work.needs |= {together, *prefills[row : row + 1]} | ({choice.work} if choice.work else set())
-            text = self.backbone.tokenizer.decode(ids, skip_special_tokens=True).strip()
             answers.append(replace(self._answer(video, choice, times, per_layer[row], work), text=text))
         return answers
 
@@ -447,6 +450,8 @@ class Answerer:
         question = 0 if self._needs_question else len(prompt.suffix_ids)
         steps = min(len(ids), self.generation.max_new_tokens - 1)
         written = self.decoder.append_macs(state, question, *[1] * steps, row=row)
+        if self.generation.num_beams == 1:
+            return written
         asked = self.decoder.append_macs(state, question, row=row)
         return asked + (written - asked) * self.generation.num_beams
 

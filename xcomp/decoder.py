@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -351,17 +351,21 @@ class Decoder:
             texts = layout.text_lengths(row)
             layers = planned_layers(plan, frames, num_prefix, num_suffix, drop_early=self.drop_early, texts=texts)
         heads = 1 if num_suffix and self.stop_layer == self.backbone.num_layers else 0
-        return pass_cost(LLMShape.from_config(self.backbone.text_config), layers, head_positions=heads).macs
+        return pass_cost(self.shape, layers, head_positions=heads).macs
+
+    @cached_property
+    def shape(self) -> LLMShape:
+        """The language model's sizes."""
+        return LLMShape.from_config(self.backbone.text_config)
 
     def append_macs(self, state: State, *texts: int, row: int = 0) -> int:
         """MACs of texts of so many tokens, run one after the other behind what one sample of ``state`` prefilled."""
-        shape = LLMShape.from_config(self.backbone.text_config)
         stored = [int(layout.counts[row]) for layout in state.prefilled]
         whole = self.stop_layer < self.backbone.num_layers or self.observer is not None
         total = 0
         for new in filter(None, texts):
             layers = appended_layers(stored, new, whole=whole)
-            total += pass_cost(shape, layers, head_positions=0 if whole else 1).macs
+            total += pass_cost(self.shape, layers, head_positions=0 if whole else 1).macs
             stored = [size + new for size in stored]
         return total
 

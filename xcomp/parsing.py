@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -73,7 +74,7 @@ def parse_option(text: str, options: Sequence[str]) -> int | None:
     red nor blue"). Several letters as one answer ("A or C") are no choice.
     """
     text = _plain(text)
-    words = _words_of(options)
+    words = _words_of(tuple(options))
     if (found := _same_words(text, words)) is not None:
         return found
     letter = re.fullmatch(r"[\W_]*([A-Za-z])[\W_]*", text)
@@ -94,7 +95,7 @@ def parse_option(text: str, options: Sequence[str]) -> int | None:
 
 def parse_words(text: str, options: Sequence[str]) -> int | None:
     """The option that ``text`` consists of, whatever its case; None if it is none of them."""
-    return _same_words(_plain(text), _words_of(options))
+    return _same_words(_plain(text), _words_of(tuple(options)))
 
 
 # --- text without what is not said ------------------------------------------------------------------------------------
@@ -114,7 +115,8 @@ def _plain(text: str) -> str:
     return text.strip()
 
 
-def _words_of(options: Sequence[str]) -> list[str]:
+@lru_cache(maxsize=1024)  # every arm is asked the same questions
+def _words_of(options: tuple[str, ...]) -> list[str]:
     """The options' words; where every option begins with its own letter as a label, without it."""
     label = r"\s*[(\[]?{}\s*[.):\]]+\s*"
     own = [re.match(label.format(LETTERS[i]), option) for i, option in enumerate(options[: len(LETTERS)])]

@@ -70,8 +70,9 @@ def test_every_arm_answers_every_question_once(make, needle_videos, capsys):
         assert all(record["seconds"][s] >= record["seconds_amortised"][s] >= 0 for s in stages)
         assert all(record["macs"][stage] > 0 for stage in ("vision", "prefill", "answer"))
         assert (record["macs"]["select"] > 0) == (record["seconds"]["select"] > 0) == (record["arm"] == "half")
-        assert record["peak_memory"]["host"] > 1e8
+        assert record["peak_memory"]["host"] > 1e8 and 0 <= record["seconds_harness"] < 5
     first, second = records[0], records[-1]
+    assert first["tokens_given"] == 8 * 16 and second["tokens_given"] == 4 * 16
     assert first["num_frames"] == 8 and first["tokens_per_layer"] == [8 * 16] * 2 and first["scores"] is None
     assert second["num_frames"] == 4 and second["tokens_in"] == 4 * 8 and second["tokens_per_layer"] == [4 * 8] * 2
     assert len(second["scores"]) == len(second["candidate_times"]) == 8
@@ -209,6 +210,33 @@ def test_arms_that_cannot_be_compared_are_refused(make, arms, message):
     with pytest.raises(ValueError, match=message):
         compare(make(arms=arms))
     assert not make().folder.exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"reference": "hole"}, "reference is 'hole', which is no arm; did you mean 'whole'. arms: whole, half"),
+        ({"hard": "none"}, "hard is 'none', which is no arm; arms: whole, half"),
+        (
+            {"equal": "kv_token"},
+            "equal is 'kv_token'; did you mean 'kv_tokens'. budgets are equal in frames, ",
+        ),
+    ],
+)
+def test_reports_that_cannot_be_made_are_refused_before_anything_runs(make, options, message):
+    with pytest.raises(ConfigError, match=message):
+        compare(make(**options))
+    assert not make().folder.exists()
+
+
+def test_a_finished_run_is_read_against_another_arm(make, monkeypatch):
+    """What reports ask for changes no record, so it may change."""
+    folder = compare(make())
+    monkeypatch.setattr(runner.Answerer, "answer", lambda *_: pytest.fail("a question was asked"))
+    compare(make(reference="half", equal="frames"))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["reference"], summary["equal_budget"]) == ("half", "frames")
+    assert [(d["a"], d["b"]) for d in summary["differences"]] == [("whole", "half")]
 
 
 def test_what_is_missing_is_asked_for(make):

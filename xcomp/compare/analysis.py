@@ -87,9 +87,9 @@ class ArmSummary:
     ``tokens_given`` leave the vision path, ``tokens_in`` enter the language model, ``tokens_out`` are left in its last
     layer; ``tokens_per_layer`` are the mean of each layer and ``kv_tokens`` the mean over layers. ``macs`` and
     ``seconds`` are by stage, as a question would take them alone on a fresh video; ``seconds_amortised`` divides what
-    was shared by those who shared it. ``seconds_waiting`` the model stood still for decoding; ``harness`` is time between
-    the stages, and ``harness_share`` its share of the model's process but for waiting. All are means; ``total_…`` are
-    sums over stages. ``peak_memory`` is the largest seen, in bytes.
+    was shared by those who shared it. ``seconds_waiting`` the model stood still for decoding; ``harness`` is time
+    between the stages, ``harness_share`` its share of the model's process but for waiting. All are means; ``total_…``
+    are sums over stages. ``peak_memory`` is the largest seen, in bytes.
 
     ``labels`` are accuracies by axis and label, ``official`` the benchmark's own metrics in per cent (None where there
     are none), ``hard`` the accuracy on the hard part of the questions, ``published`` what the configuration quotes.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from xcomp.compare.analysis import check_equal
 from xcomp.config import ConfigError, RunConfig, check_component, component_parts, frame_budgets, split_component
+from xcomp.messages import nearest
 from xcomp.recorded import resolved_compressor
 from xcomp.registry import load_class
 
@@ -73,6 +75,7 @@ def resolve_arms(config: RunConfig) -> list[ResolvedArm]:
                 ResolvedArm(name, group, **parts, frames=frames, published=published, written=parts_written)
             )
     _check_names([arm.name for arm in resolved])
+    _check_report(config, resolved)
     return resolved
 
 
@@ -100,6 +103,17 @@ def _name(node: Any) -> Any:
 
 def _options(node: Any) -> dict[str, Any]:
     return {key: value for key, value in node.items() if key != "name"} if isinstance(node, Mapping) else {}
+
+
+def _check_report(config: RunConfig, arms: Sequence[ResolvedArm]) -> None:
+    """ConfigError where what the report is asked for names no arm or no budget."""
+    names = [arm.name for arm in arms]
+    for key in ("reference", "hard"):
+        given = getattr(config, key)
+        if given is not None and given not in (*names, *(arm.group for arm in arms)):
+            raise ConfigError(f"{key} is '{given}', which is no arm;{nearest(given, names)} arms: {', '.join(names)}")
+    if config.equal is not None:
+        check_equal(config.equal)
 
 
 def _check_names(names: list[str]) -> None:

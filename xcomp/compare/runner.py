@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from xcomp.answering import Answer, Answerer, Query
 from xcomp.backbone import Backbone, check_device
 from xcomp.benchmark import Benchmark, Question
-from xcomp.compare.analysis import Analysis, Options, check_equal
+from xcomp.compare.analysis import Analysis, Options
 from xcomp.compare.arms import ResolvedArm, resolve_arms
 from xcomp.compare.records import (
     RECORDS,
@@ -49,7 +49,7 @@ from xcomp.decoding import DecodingPool
 from xcomp.inflight import PixelBudget, VideoInFlight
 from xcomp.ledger import Ledger, Share, shares
 from xcomp.memory import PeakMemory
-from xcomp.messages import nearest, printable
+from xcomp.messages import printable
 from xcomp.recorded import tell_others
 from xcomp.registry import configure
 from xcomp.run import check_run, hold_run, make_trainer, open_run
@@ -60,7 +60,7 @@ from xcomp.video import VideoError
 
 def evaluate(config: RunConfig) -> Path:
     """One arm: the run's own backbone, compressor and selector."""
-    return compare(replace(config, arms=[]), kind="evaluate")
+    return compare(replace(config, arms=[], reference=None, hard=None), kind="evaluate")
 
 
 def num_failed(records: Iterable[Record]) -> int:
@@ -76,20 +76,8 @@ def compare(config: RunConfig, kind: str = "compare") -> Path:
     tell_others([(arm.name, arm.backbone, arm.compressor) for arm in arms], config.plugins)
     benchmark = build_component("benchmark", config.benchmark, config.plugins)
     check_methods("benchmark", benchmark, "questions")
-    _check_report(config, arms)
     check_run(config, kind)
     return Comparison(config, kind, arms, benchmark).run()
-
-
-def _check_report(config: RunConfig, arms: Sequence[ResolvedArm]) -> None:
-    """ConfigError where what the report is asked for names no arm or no budget."""
-    names = [arm.name for arm in arms]
-    for key in ("reference", "hard"):
-        given = getattr(config, key)
-        if given is not None and given not in names and given not in [arm.group for arm in arms]:
-            raise ConfigError(f"{key} is '{given}', which is no arm;{nearest(given, names)} arms: {', '.join(names)}")
-    if config.equal is not None:
-        check_equal(config.equal)
 
 
 class Comparison:
