@@ -204,7 +204,7 @@ def test_long_videos_may_teach_the_language_model_alone(frames, quirks, learns):
     prefix, suffix = torch.tensor([1, 2]), torch.tensor([3, 4, 5, 0])
     sample = Sample(pixels, TokenisedConversation(prefix, suffix, torch.tensor([-100, -100, 5, 0])))
     model.training_step([sample], 0).backward()
-    assert (model.backbone.projector.weight.grad is not None) == learns
+    assert bool(model.backbone.projector.weight.grad.any()) == learns
     assert model.backbone.language_model.embed_tokens.weight.grad is not None
 
 

@@ -19,7 +19,7 @@ from xcomp.config import ConfigError, Tune
 from xcomp.memory import peak_bytes
 from xcomp.messages import nearest
 
-LOGGED = ("train/loss", "train/token_accuracy", "validation/loss", "validation/token_accuracy")
+LOGGED = ("train/loss", "train/token_accuracy", "train/distillation", "validation/loss", "validation/token_accuracy")
 MEASURED = ("tokens_per_second", "frames_per_second", "peak_memory_gb", "seconds_left")
 # What a run does itself: callbacks of Lightning's that would do it another way.
 INSTEAD = {

@@ -133,6 +133,21 @@ class Lora:
 
 
 @dataclass
+class Curriculum:
+    """Compression that grows: the schedule's end falls from all tokens a frame to the compressor's own."""
+
+    share: float = 0.5  # of the steps, after which the compressor is as configured
+
+
+@dataclass
+class Distillation:
+    """A teacher beside the labels: the model as it was at the start of the run, without compression."""
+
+    weight: float = 0.5  # loss = (1 - weight) · cross-entropy + weight · temperature² · KL(teacher ‖ student)
+    temperature: float = 1.0
+
+
+@dataclass
 class Tune:
     """Supervised compression tuning. The loss is the mean cross-entropy over answer tokens."""
 
@@ -158,6 +173,8 @@ class Tune:
     callbacks: list[Any] = field(default_factory=list)
     # How it is trained.
     lora: Lora | None = None
+    curriculum: Curriculum | None = None
+    distillation: Distillation | None = None
     quirks: list[str] = field(
         default_factory=list
     )  # what the released training does and the paper does not say: QUIRKS
@@ -420,7 +437,7 @@ def parse_config(content: Any, where: str) -> RunConfig:
         ("tune", Tune),
     ):
         _check_keys(node, content.get(part, {}), f"{where}: {part}")
-    for part, node in (("lora", Lora),):
+    for part, node in (("lora", Lora), ("curriculum", Curriculum), ("distillation", Distillation)):
         if (given := (content.get("tune") or {}).get(part)) is not None:
             _check_keys(node, given, f"{where}: tune.{part}")
     arms = content.get("arms") or []
@@ -554,6 +571,21 @@ def _training_rules(t: Tune) -> list[tuple[bool, str]]:
             for part in t.learning_rates
         ),
         *_lora_rules(t),
+        *(
+            (0 < c.share <= 1, f"tune.curriculum.share is {c.share}; it must be above 0 and at most 1")
+            for c in [t.curriculum]
+            if c
+        ),
+        *(
+            (0 < d.weight <= 1, f"tune.distillation.weight is {d.weight}; it must be above 0 and at most 1")
+            for d in [t.distillation]
+            if d
+        ),
+        *(
+            (d.temperature > 0, f"tune.distillation.temperature is {d.temperature}; it must be above 0")
+            for d in [t.distillation]
+            if d
+        ),
         *((q in QUIRKS, f"tune.quirks names '{q}';{nearest(q, QUIRKS)} quirks: {', '.join(QUIRKS)}") for q in t.quirks),
         (
             not t.quirks or "llm" in t.train,

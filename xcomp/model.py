@@ -21,7 +21,7 @@ from torchmetrics import MeanMetric
 from transformers import get_scheduler
 from transformers.generation import BaseStreamer
 
-from xcomp.adapters import adapter_parameters
+from xcomp.adapters import adapter_parameters, add_adapters
 from xcomp.answering import Answer, Answerer, Query, Refused
 from xcomp.backbone import Backbone
 from xcomp.benchmark import LETTERS, Benchmark, multiple_choice_prompt, parse_option
@@ -38,6 +38,7 @@ from xcomp.config import (
     build_component,
 )
 from xcomp.contract import name_of
+from xcomp.curriculum import check_curriculum, distillation_loss, eased, end_at, frozen_copy
 from xcomp.data.module import Sample
 from xcomp.data.records import IGNORED
 from xcomp.decoder import Decoder
@@ -102,7 +103,8 @@ class VideoQA(L.LightningModule):
         self.decoder = Decoder(self.backbone, self.compressor, checkpointing=self.tune.gradient_checkpointing)
         self.accuracy = MeanMetric()
         self.validation = ModuleDict({name: MeanMetric() for name in ("loss", "token_accuracy")})  # of all ranks
-        self._of_step: list[Tensor] = []  # loss and accuracy of the batches that one optimizer step takes
+        self._of_step: list[dict[str, Tensor]] = []  # what is logged of the batches that one optimizer step takes
+        object.__setattr__(self, "teacher", None)  # no part of this module: neither trained nor saved
 
     @classmethod
     def from_config(cls, config: RunConfig, backbone: Backbone | None = None) -> VideoQA:
@@ -227,8 +229,8 @@ class VideoQA(L.LightningModule):
             self.accuracy.update(verdict_on(self.benchmark, question, answer).score)
         self.log("test/accuracy", self.accuracy, batch_size=len(batch))
 
-    def _loss(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy over the supervised tokens of a batch, and the share of them that is predicted right."""
+    def _answers(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:
+        """Logits (R, V) at the supervised tokens of a batch and between them, and the labels (R,) there."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._vision_is_blind(batch)):
             tokens = self._encode(batch)
         texts = [sample.text for sample in batch]
@@ -248,46 +250,93 @@ class VideoQA(L.LightningModule):
             [text.frame_texts for text in texts],
             further,
         )
-        labels = torch.cat(labels).to(logits.device)
+        return logits, torch.cat(labels).to(logits.device)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy over the supervised tokens of a batch, and the share of them that is predicted right."""
         right = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean()
-        loss = cross_entropy(logits.float(), labels, ignore_index=IGNORED)
-        if all(sample.pixels is None for sample in batch):
-            # Ranks exchange the gradients of all that is trained: of text alone the vision path's are zeros.
-            unused = [
-                p
-                for part in ("vision", "projector")
-                for module in self.backbone.parts()[part]
-                for p in module.parameters()
-            ]
-            loss = loss + sum((0 * p.float().sum() for p in unused if p.requires_grad), torch.zeros_like(loss))
-        return loss, right
+        return cross_entropy(logits.float(), labels, ignore_index=IGNORED), right
 
     def _vision_is_blind(self, batch: list[Sample]) -> bool:
         """Whether, as in the released training, a long video teaches the language model alone."""
         quirk = "no_vision_gradient_from_512_frames" in self.tune.quirks
         return quirk and sum(sample.size(self.backbone)[1] for sample in batch) >= 512
 
+    def _nothing_of_unused(self, batch: list[Sample], like: Tensor) -> Tensor:
+        """0, of which the trained parameters that a batch does not use get gradients of 0.
+
+        Ranks exchange the gradients of all that is trained: they must have as many.
+        """
+        nothing = torch.zeros_like(like)
+        if self._vision_is_blind(batch) or all(sample.pixels is None for sample in batch):
+            modules = [module for part in ("vision", "projector", "compressor") for module in self._parts()[part]]
+            for parameter in (p for module in modules for p in module.parameters() if p.requires_grad):
+                nothing = nothing + 0 * parameter.float().sum()
+        return nothing
+
     def training_step(self, batch: list[Sample], batch_idx: int) -> Tensor:
-        loss, right = self._loss(batch)
-        self._of_step.append(torch.stack([loss.detach().float(), right.detach()]))
-        return loss
+        logits, labels = self._answers_in_step(batch)
+        loss, right = self._loss(logits, labels)
+        loss = loss + self._nothing_of_unused(batch, loss)
+        self._of_step.append({"loss": loss.detach().float(), "token_accuracy": right.detach()})
+        if (distillation := self.tune.distillation) is None:
+            return loss
+        with torch.no_grad():
+            taught, _ = self.teacher._answers(batch)
+        rows = labels != IGNORED
+        apart = distillation_loss(logits[rows], taught[rows], distillation.temperature)
+        self._of_step[-1]["distillation"] = apart.detach()
+        return (1 - distillation.weight) * loss + distillation.weight * apart
+
+    def _answers_in_step(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:
+        """``_answers``, compressed as much as the curriculum says by now."""
+        curriculum, config = self.tune.curriculum, self.compressor.config
+        if curriculum is None:
+            return self._answers(batch)
+        first = config.start or self.backbone.tokens_per_frame
+        end = end_at(curriculum, self.trainer.global_step, self.tune.steps, first, config.end)
+        with eased(self.compressor, end):
+            return self._answers(batch)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the means over a step's batches, of all ranks."""
-        loss, right = torch.stack(self._of_step).mean(0)
+        for name in self._of_step[0]:
+            mean = torch.stack([values[name] for values in self._of_step]).mean()
+            self.log(f"train/{name}", mean, prog_bar=True, sync_dist=True)
         self._of_step.clear()
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        self.log("train/token_accuracy", right, prog_bar=True, sync_dist=True)
 
     def validation_step(self, batch: list[Sample], batch_idx: int) -> None:
         counted = [sample for sample in batch if sample.counted]
-        loss, right = self._loss(counted or batch)  # which ranks that hold a part of the model run together
-        for name, value in (("loss", loss), ("token_accuracy", right)):
+        answers = self._answers(counted or batch)  # which ranks that hold a part of the model run together
+        for name, value in zip(("loss", "token_accuracy"), self._loss(*answers)):
             self.validation[name].update(value, weight=len(counted))
             self.log(f"validation/{name}", self.validation[name], prog_bar=True, batch_size=len(batch))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # lists of unequal samples: each tensor moves where it is used
+
+    def prepare_tuning(self, *, sharded: bool = False) -> None:
+        """Before training: a teacher of the weights as they are now, adapters, and what is not trained frozen.
+
+        With ``sharded`` parameters the teacher has all of its own.
+
+        Raises:
+            ConfigError: for an option of ``tune`` that does not fit the backbone or the compressor.
+        """
+        if self.tune.curriculum is not None:
+            check_curriculum(self.compressor)
+        if self.tune.distillation is not None:
+            changing = [part for part in self.tune.train if part != "llm" or self.tune.lora is None]
+            changing = {id(p) for part in changing for module in self._parts()[part] for p in module.parameters()}
+            same = set() if sharded else {id(p) for p in self.backbone.parameters()} - changing
+            object.__setattr__(self, "teacher", VideoQA(frozen_copy(self.backbone, same), sampling=self.sampling))
+        if self.tune.lora is not None:
+            add_adapters(self.backbone, self.tune.lora, self.answerer.seed)
+        self.freeze_untrained()
+
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
 
     def configure_model(self) -> None:
         """Lightning's hook, on every process: where the strategy holds the model in pieces, cut it."""

@@ -18,7 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 from torch import distributed
 
-from xcomp.adapters import add_adapters, base_of, merge_adapters, save_adapters
+from xcomp.adapters import base_of, merge_adapters, save_adapters
 from xcomp.checkpoint import save_compressor, whole_folder
 from xcomp.config import ConfigError, RunConfig, split_component
 from xcomp.contract import check_methods
@@ -69,9 +69,7 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
     check_methods("backbone", model.backbone, "follow_up", "parts", "save_pretrained")  # before hours of work
     if is_sharded(trainer):
         check_sharded(model.decoder)
-    if config.tune.lora is not None:
-        add_adapters(model.backbone, config.tune.lora, config.seed)
-    model.freeze_untrained()
+    model.prepare_tuning(sharded=is_sharded(trainer))
     model.backbone.train()
     data.attach(model.backbone, model.compressor)
     if trainer.is_global_zero:
