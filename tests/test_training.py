@@ -4,17 +4,19 @@ import json
 import math
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.nn import Linear
-from tuning_runs import checkpoints, logged, same, tuning_config
+from tuning_runs import checkpoints, logged, same, tuning_config, weights
 
 import xcomp
 from xcomp.config import ConfigError, Tune, load_config, parse_config
 from xcomp.data.module import Sample
 from xcomp.data.records import TokenisedConversation
+from xcomp.model import VideoQA
 from xcomp.tiny import tiny_backbone
 from xcomp.tuning import tune
 
@@ -231,3 +233,52 @@ def test_the_papers_settings_are_those_of_its_table():
     assert (sampling.rate, sampling.min_frames, sampling.max_frames) == (8, 128, 1024)
     assert len(sampling.candidates(60, 30.0)) == 56  # of a video of 60 frames whole eights, none of them twice
     assert tune.steps * tune.batch_size * config.trainer["accumulate_grad_batches"] == 71_904  # of 71,927
+
+
+# --- through Lightning ------------------------------------------------------------------------------------------------
+
+
+def test_half_precision_and_clipping_are_the_trainers(make):
+    plain = run(make("plain", {"trainer": {"gradient_clip_val": 0}}, steps=2, warmup_ratio=0)).parent
+    half = run(make("half", {"trainer": {"gradient_clip_val": 0, "precision": "bf16-mixed"}}, steps=2, warmup_ratio=0))
+    losses = [[float(loss) for loss in logged(folder).values()] for folder in (plain, half.parent)]
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert {tensor.dtype for tensor in weights(half).values()} == {torch.float32}
+    before = weights(Path(make("x")["backbone"]["checkpoint"]))
+    # AdamW takes the first step whatever a gradient's size, unless ε outweighs it.
+    clipped = weights(run(make("clipped", {"trainer": {"gradient_clip_val": 1e-9}}, steps=1, warmup_ratio=0)))
+    moved, free = (
+        max((found[name] - before[name]).abs().max().item() for name in before)
+        for found in (
+            clipped,
+            weights(run(make("free", {"trainer": {"gradient_clip_val": 0}}, steps=1, warmup_ratio=0))),
+        )
+    )
+    assert free == pytest.approx(1e-3, rel=0.01) and moved < 0.2 * free
+
+
+def test_a_stopped_run_that_accumulates_over_a_record_it_left_out_goes_on_to_the_same_bits(make, tmp_path, monkeypatch):
+    good = make("x")["tune"]["data"][0]
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "records.json").write_text(json.dumps([{"video": "broken.mp4", "conversations": turns}]))
+    data = [good, {"records": str(tmp_path / "records.json"), "root": str(tmp_path)}]
+    options = {"data": data, "max_skipped": 0.5, "batch_size": 1, "save_every": 1}
+    top = {"trainer": {"accumulate_grad_batches": 2}}
+    whole = run(make("whole", top, **options))
+    for stop in (3, 4, 5):
+        train, batches = VideoQA.training_step, []
+
+        def training_step(self, batch, batch_idx, train=train, batches=batches, stop=stop):
+            batches.append(batch_idx)
+            if len(batches) > stop:
+                raise RuntimeError("power cut")
+            return train(self, batch, batch_idx)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(VideoQA, "training_step", training_step)
+            with pytest.raises(RuntimeError, match="power cut"):
+                run(make("run", top, **options))
+    resumed = run(make("run", top, **options))
+    assert same(weights(resumed), weights(whole)) and logged(resumed.parent) == logged(whole.parent)
+    assert all("broken.mp4" in (model.parent / "skipped.jsonl").read_text() for model in (whole, resumed))

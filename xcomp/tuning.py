@@ -237,6 +237,7 @@ def _tell(config: RunConfig, resume: Resume | None) -> None:
     if resume.steps not in (None, config.tune.steps) and resume.step < config.tune.steps:
         print(
             f"xcomp: tune.steps was {resume.steps}, now {config.tune.steps}: after step {resume.step} the learning "
-            f"rate follows the schedule over {config.tune.steps} steps",
+            f"rate follows the schedule over {config.tune.steps} steps"
+            + (", and so does the curriculum" if config.tune.curriculum else ""),
             file=sys.stderr,
         )
