@@ -4,12 +4,14 @@ import json
 import re
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from made_runs import ARMS, analysed, make_run
 
 import xcomp
 from xcomp.compare import charts, page
+from xcomp.compare.analysis import Run, analyse
 from xcomp.compare.explain import HEIGHT
 from xcomp.compare.page import render_page
 
@@ -78,11 +80,12 @@ def question(needle_videos):
     return xcomp.load_benchmark("needle", **needle_videos).questions()[0]
 
 
-def on_video(records, video):
-    """The records with frames that the video has."""
+def on_video(run, records, video):
+    """The run with frames that the video has, to be read here."""
+    run["config"]["decoding"] = {"workers": 0}
     for record in records:
         record |= {"video": video, "frames": record["frames"][:4], "times": record["times"][:4], "duration": 20.0}
-    return records
+    return run, records
 
 
 def test_everything_is_on_the_page():
@@ -111,7 +114,7 @@ def test_everything_is_on_the_page():
 
 def test_the_page_loads_nothing_from_outside(question):
     run, records = make_run(budgets=(4,))
-    found = Page(text := render(run, on_video(records, question.video)))
+    found = Page(text := render(*on_video(run, records, question.video)))
     assert "://" not in text and not re.search(r"url\(|@import", text)
     assert not {name for name, _ in found.tags} & {"link", "iframe", "object", "embed", "base", "form"}
     references = [values[key] for _, values in found.tags for key in ("src", "href") if key in values]
@@ -149,7 +152,7 @@ def test_halves_of_surrogate_pairs_do_not_stop_a_report():
 
 def test_frames_scores_and_evidence_of_each_choice(question):
     run, records = make_run(budgets=(4,))
-    found = Page(render(run, on_video(records, question.video)))
+    found = Page(render(*on_video(run, records, question.video)))
     # Two methods show the same frames and share a row, in each of ten questions; the third has scores.
     assert found.count("div", "choice") == 20
     assert found.count("path", "curve") == 10 + 2  # and the curves of the tokens
@@ -233,6 +236,19 @@ def test_seeds_stand_in_the_table_and_as_one():
     assert found.count("figure") == 8 and "seed" in [text.strip() for text in found.text]
 
 
+def test_seconds_of_different_machines_stand_apart():
+    runs = []
+    for name in ("slow", "fast"):
+        run, records = make_run(budgets=(4,))
+        runs.append(Run(Path(name), run | {"name": name, "hardware": {"name": f"a {name} one"}}, records))
+    found = analyse(runs)
+    shown = Page(render_page(found.summary, found.records)).shown
+    assert "s alone (shared)" not in shown and "against seconds" not in shown
+    for name in ("slow", "fast"):
+        assert f"seconds a question, alone on a fresh video ({name})" in shown and f"a {name} one" in shown
+    assert "are not put beside each other" in shown
+
+
 def test_a_large_run_keeps_its_bounds_and_says_so():
     run, records = make_run(budgets=(4,), methods=ARMS, videos=2500)
     for record in records:
@@ -253,6 +269,7 @@ def test_a_large_run_keeps_its_bounds_and_says_so():
 def test_thumbnails_keep_their_bound(question, monkeypatch):
     monkeypatch.setattr(page, "PICTURE_BYTES", 20_000)
     run, records = make_run(budgets=(8,), videos=3)
+    run["config"]["decoding"] = {"workers": 0}
     for record in records:
         shift = int(record["question_id"][1]) + 3 * int(record["question_id"][-1])
         record |= {"video": question.video, "frames": [shift + n for n in range(8)], "times": [n / 8 for n in range(8)]}

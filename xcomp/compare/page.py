@@ -223,7 +223,7 @@ def render_page(summary: Summary, records: Sequence[Record]) -> str:
         group_differences=_differences(summary, summary.group_differences, {}),
         equal=_equal(summary, views, unit),
         bars=_bars(summary, views, unit),
-        stages=_stage_table(summary, views, unit),
+        stages=[_stage_table(arms, views, unit, title) for title, arms in _machines(summary)],
         layers=_layers(summary),
         labels=_labels(summary, views),
         browser=_browser(summary, records, views),
@@ -268,9 +268,8 @@ def _facts(run: RunFacts, several: bool) -> Iterable[tuple[str, str]]:
     if several:
         yield "Run", f"{run.name} ({run.folder})"
     counts = {"num_questions": "question", "num_videos": "video", "missing_questions": "missing question"}
-    about = {
-        k: v for k, v in run.benchmark.items() if k not in (*counts, "missing", "defects")
-    }  # those: in the cautions
+    told = (*counts, "missing", "defects")  # here, and in the summary's cautions
+    about = {key: value for key, value in run.benchmark.items() if key not in told}
     yield "Benchmark", _inline(about)
     sizes = [span([run.benchmark[key]], noun) for key, noun in counts.items() if run.benchmark.get(key)]
     yield "Size", ", ".join(sizes)
@@ -322,7 +321,9 @@ def _results(summary: Summary, views: Mapping[str, ArmView], unit: tuple[str, fl
     official = [name for name in official if not all(_is_accuracy(arm, name) for arm in summary.arms)]
     published = list(dict.fromkeys(name for arm in summary.arms for name in arm.published))
 
-    def seconds(arm: ArmSummary) -> Cell:
+    def seconds(arm: ArmSummary) -> Cell | None:
+        if not summary.seconds_comparable:
+            return None
         shared = "" if arm.total_seconds_amortised is None else f"({significant(arm.total_seconds_amortised)})"
         return _number_cell(arm.total_seconds, significant, shared)
 
@@ -478,10 +479,9 @@ def _layers(summary: Summary) -> Layers | None:
 def _bars(summary: Summary, views: Mapping[str, ArmView], unit: tuple[str, float]) -> list[Bars]:
     """Seconds (of each run alone where hardware differs) and MACs, by stage."""
     made = []
-    for run in [None] if summary.seconds_comparable else [run.name for run in summary.runs]:
-        arms = [arm for arm in summary.arms if run is None or arm.run == run]
-        of = "" if run is None else f" ({run})"
-        rows = [(arm, {**arm.seconds, "harness": arm.harness or 0.0}) for arm in arms if arm.seconds]
+    for run, arms in _machines(summary):
+        of = f" ({run})" if run else ""
+        rows = [(arm, {**arm.seconds, "harness": arm.harness or 0.0}) for arm in arms]
         made.append(_stacked(f"seconds a question, alone on a fresh video{of}", rows, views, 1.0, "s"))
     rows = [(arm, arm.macs) for arm in summary.arms if arm.macs]
     made.append(_stacked(f"{unit[0]} a question, alone on a fresh video", rows, views, unit[1], unit[0]))
@@ -509,11 +509,17 @@ def _stages(parts: Iterable[Mapping[str, float]]) -> list[str]:
     return [*(stage for stage in STAGES if stage in found), *(stage for stage in found if stage not in STAGES)]
 
 
-def _stage_table(summary: Summary, views: Mapping[str, ArmView], unit: tuple[str, float]) -> Table | None:
-    """The numbers behind the bars, and peak memory."""
+def _machines(summary: Summary) -> list[tuple[str, list[ArmSummary]]]:
+    """The arms that ran whose seconds can be compared: all of them, or those of each run by its name."""
     ran = [arm for arm in summary.arms if arm.seconds]
-    if not ran:
-        return None
+    if summary.seconds_comparable:
+        return [("", ran)] if ran else []
+    runs = {run.name: [arm for arm in ran if arm.run == run.name] for run in summary.runs}
+    return [(name, arms) for name, arms in runs.items() if arms]
+
+
+def _stage_table(ran: Sequence[ArmSummary], views: Mapping[str, ArmView], unit: tuple[str, float], title: str) -> Table:
+    """The numbers behind the bars, and peak memory."""
     stages, counted = _stages(arm.seconds for arm in ran), _stages(arm.macs for arm in ran)
     counted = [stage for stage in counted if any(arm.macs.get(stage) for arm in ran)]
     harness = any(arm.harness is not None for arm in ran)
@@ -528,7 +534,7 @@ def _stage_table(summary: Summary, views: Mapping[str, ArmView], unit: tuple[str
         memory = ", ".join(f"{name} {significant(size / 1e9)}" for name, size in arm.peak_memory.items())
         rows.append([*row, Cell(memory or "–", value=max(arm.peak_memory.values(), default=0))])
     columns = [*(f"{s}, s" for s in stages), *["harness, s"] * harness, *(f"{s}, {unit[0]}" for s in counted)]
-    return Table(["arm", *columns, "peak memory, GB"], rows)
+    return Table(["arm", *columns, "peak memory, GB"], rows, title=title)
 
 
 # --- differences, groups, labels ------------------------------------------------------------------------------------
