@@ -261,7 +261,7 @@ def test_a_stopped_run_that_accumulates_over_a_record_it_left_out_goes_on_to_the
     good = make("x")["tune"]["data"][0]
     turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
     (tmp_path / "broken.mp4").write_bytes(b"no video")
-    (tmp_path / "records.json").write_text(json.dumps([{"video": "broken.mp4", "conversations": turns}]))
+    (tmp_path / "records.json").write_text(json.dumps([{"video": "broken.mp4", "conversations": turns}] * 3))
     data = [good, {"records": str(tmp_path / "records.json"), "root": str(tmp_path)}]
     options = {"data": data, "max_skipped": 0.5, "batch_size": 1, "save_every": 1}
     top = {"trainer": {"accumulate_grad_batches": 2}}

@@ -252,8 +252,12 @@ class VideoQA(L.LightningModule):
         )
         return logits, torch.cat(labels).to(logits.device)
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy over the supervised tokens of a batch, and the share of them that is predicted right."""
+        return self._judged(*self._answers(batch))
+
+    def _judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """``_loss`` of what ``_answers`` gives."""
         right = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean()
         return cross_entropy(logits.float(), labels, ignore_index=IGNORED), right
 
@@ -276,7 +280,7 @@ class VideoQA(L.LightningModule):
 
     def training_step(self, batch: list[Sample], batch_idx: int) -> Tensor:
         logits, labels = self._answers_in_step(batch)
-        loss, right = self._loss(logits, labels)
+        loss, right = self._judged(logits, labels)
         loss = loss + self._nothing_of_unused(batch, loss)
         self._of_step.append({"loss": loss.detach().float(), "token_accuracy": right.detach()})
         if (distillation := self.tune.distillation) is None:
@@ -307,8 +311,8 @@ class VideoQA(L.LightningModule):
 
     def validation_step(self, batch: list[Sample], batch_idx: int) -> None:
         counted = [sample for sample in batch if sample.counted]
-        answers = self._answers(counted or batch)  # which ranks that hold a part of the model run together
-        for name, value in zip(("loss", "token_accuracy"), self._loss(*answers)):
+        found = self._loss(counted or batch)  # which ranks that hold a part of the model run together
+        for name, value in zip(("loss", "token_accuracy"), found):
             self.validation[name].update(value, weight=len(counted))
             self.log(f"validation/{name}", self.validation[name], prog_bar=True, batch_size=len(batch))
 
