@@ -34,7 +34,8 @@ def read_subtitles(path: str | Path, *, whole_ends: bool = True) -> list[Cue]:
     """The cues of a file in its order, by its suffix. Of .srt and .vtt, markup is left out and lines become one.
 
     ``whole_ends``: whether an end in JSON may be a whole number of seconds; if not, it stands for the end of the video,
-    as any end that is no number always does. (LongVideoBench's own reader takes 5.0 for a time, but not 5.)
+    as any end that is no number always does, and a cue may end before it begins: LongVideoBench's own reader takes 5.0
+    for a time, but not 5, and widens every cue of less than a second.
 
     Raises:
         ValueError: if the file cannot be read, naming it and the line or cue.
@@ -155,7 +156,7 @@ def _json_cue(cue: Any, whole_ends: bool) -> Cue:
         start, end = (float(t) if _is_number(t) else seconds(str(t)) for t in (cue["start"], cue["end"]))
     if not isinstance(text, str):
         raise ValueError(f"its text is {text!r:.40}")
-    if end < start:
+    if end < start and whole_ends:
         raise ValueError(f"it ends at {end:g} s, before it begins at {start:g} s")
     return Cue(float(start), end, text)
 

@@ -155,6 +155,15 @@ def test_a_whole_number_is_no_end(make, tmp_path):
         assert f"listed below: \n{shown}.\n" in benchmark.prompt(question)
     write_json(tmp_path / "subtitles" / "made_en.json", [{"timestamp": [1.1, 1.2], "text": "short"}])
     assert "listed below: \nshort.\n" in benchmark.prompt(question)  # widened to 0.65 … 1.65 s
+    write_json(tmp_path / "subtitles" / "made_en.json", [{"timestamp": [1.4, 0.7], "text": "backwards"}])
+    assert "listed below: \nbackwards.\n" in benchmark.prompt(question)  # 0.55 … 1.55 s
+
+
+def test_broken_subtitles_are_refused_before_anything_is_asked(make, tmp_path):
+    benchmark = make([LONGVIDEOBENCH])
+    (tmp_path / "subtitles" / "made_en.json").write_text('[{"timestamp": [1.0, 2.0]}]')
+    with pytest.raises(ValueError, match=r"longvideobench: subtitles '.*made_en\.json', cue 0"):
+        benchmark.questions()
 
 
 def slow_shown(cues, start, duration, num_times):

@@ -73,7 +73,7 @@ def test_odd_records_are_counted_and_asked(make):
     benchmark = make(odd)
     questions = benchmark.questions()
     assert [q.answer for q in questions[:2]] == [2, 1]
-    assert [q.events for q in questions[3:]] == [(), (), ((7.0, 7.0),)]
+    assert [q.events for q in questions[3:]] == [(), (), ((7.0, 8.0),)]
     assert benchmark.defects == {
         "time reference without both times": 1,
         "time reference that ends before it starts": 1,

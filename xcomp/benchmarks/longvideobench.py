@@ -125,7 +125,7 @@ class LongVideoBench(Annotated):
         return inside if os.path.isdir(inside) else os.path.join(self.config.videos, "..", "subtitles")
 
     def _check_subtitles(self, questions: Sequence[Question]) -> None:
-        """All of them must be there before anything is asked."""
+        """All of them must be there, and be subtitles, before anything is asked."""
         paths = dict.fromkeys(question.subtitles for question in questions if question.subtitles is not None)
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
@@ -133,6 +133,11 @@ class LongVideoBench(Annotated):
                 f"{WHO}: {len(missing)} of {len(paths)} subtitle files are missing, the first '{missing[0]}'; "
                 "'subtitles' names their folder, prompts: lmms_eval needs none"
             )
+        try:
+            for path in paths:
+                read_subtitles(path, whole_ends=False)
+        except ValueError as error:
+            raise ValueError(f"{WHO}: {error}") from error
 
     def prompt(self, question: Question) -> str:
         asked, tail = question.question, "Answer with the option's letter from the given choices directly.\n"

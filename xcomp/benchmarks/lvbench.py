@@ -7,7 +7,8 @@ with the letters inside ``candidates``. The official one: ``video_info.meta.json
 inside ``question``.
 
 A video is ``<videos>/<name>.mp4`` (also .MP4, .mkv, or a folder of frames), or so in ``videos/`` or ``data/`` within.
-The time that a question refers to becomes its ``events``; one that cannot be read, or ends before it starts, does not.
+The time that a question refers to becomes its ``events``, a single moment for a second; one that cannot be read, or
+ends before it starts, does not.
 """
 
 from __future__ import annotations
@@ -160,4 +161,6 @@ def _events(reference: str) -> tuple[tuple[tuple[float, float], ...], str | None
     if len(times) != 2:
         return (), NO_TIME
     start, end = (60.0 * int(minutes) + int(seconds) for minutes, seconds in times)
-    return ((start, end),) if start <= end else (), REVERSED_TIME if start > end else None
+    if start > end:
+        return (), REVERSED_TIME
+    return ((start, max(end, start + 1)),), None
