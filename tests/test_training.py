@@ -259,7 +259,7 @@ def test_half_precision_and_clipping_are_the_trainers(make):
 
 def test_a_stopped_run_that_accumulates_over_a_record_it_left_out_goes_on_to_the_same_bits(make, tmp_path, monkeypatch):
     good = make("x")["tune"]["data"][0]
-    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    turns = [{"from": "human", "value": "<video>Q"}, {"from": "gpt", "value": "A"}]
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "records.json").write_text(json.dumps([{"video": "broken.mp4", "conversations": turns}] * 3))
     data = [good, {"records": str(tmp_path / "records.json"), "root": str(tmp_path)}]
