@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import xcomp
+from xcomp.ask import split_words
 from xcomp.checkpoint import find_folder
 from xcomp.cli import _parser
 from xcomp.compare.arms import resolve_arms
@@ -55,7 +56,8 @@ def test_the_header_says_what_it_does_needs_and_how_it_runs(name):
     assert program == "xcomp"
     options = _parser().parse_args(arguments)  # exits on a command or option that does not exist
     assert find_config(options.config) == SHIPPED[name]
-    config = load_config(options.config, options.overrides)
+    overrides = split_words(options.words)[1] if arguments[0] == "ask" else options.overrides
+    config = load_config(options.config, overrides)
     assert {"tune": config.tune.data, "ask": True}.get(arguments[0], config.benchmark)
 
 
