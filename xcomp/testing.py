@@ -41,6 +41,7 @@ from xcomp.contract import (
     check_before_llm,
     check_chosen,
     check_compressed,
+    check_continuations,
     check_encoded,
     check_frame_texts,
     check_keep,
@@ -531,6 +532,12 @@ def _check_question(watch: Watch, q: Question) -> None:
     if not q.options:
         _check_score(watch, q)
         return
+    continuations = watch.call("continuations", q)
+    check_continuations(watch.who, continuations, q)
+    for i, text in enumerate(continuations):
+        found = watch.call("parse", text, q)
+        clause = f"parse() must find option {i} of '{q.id}' in what continuations() has for it, {text!r:.40}"
+        watch.require(found == i or q.options.index(q.options[i]) == found, clause)
     for i, option in enumerate(q.options):
         found = [watch.call("parse", text, q) for text in (LETTERS[i], option, str(i + 1))]
         watch.require(i in found, f"parse() must find option {i} of '{q.id}' in its letter, its text or its number")

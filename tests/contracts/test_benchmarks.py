@@ -165,6 +165,16 @@ class EventsBackwards(Asks):
     change = {"events": ((2.0, 1.0),)}
 
 
+class NothingForAnOption(Asks):
+    def continuations(self, question):
+        return ("A", "B", "")
+
+
+class AnotherOrder(Asks):
+    def continuations(self, question):
+        return ("C", "B", "A")
+
+
 class PromptsWithoutOptions(Asks):
     def prompt(self, question):
         return question.question
@@ -217,8 +227,10 @@ BROKEN = {
     AxisNobodyHas: r"axes must be a tuple of axes that questions have labels of, not \('duration',\)",
     NoVideo: "question '2' names a video that is not there: 'nowhere.mp4'",
     EventsBackwards: r"question '2': events must be \(start, end\) in seconds",
+    NothingForAnOption: r"continuations\(\) must return a tuple of 3 texts, one an option, not \('A', 'B', ''\)",
+    AnotherOrder: r"parse\(\) must find option 0 of '1' in what continuations\(\) has for it, 'C'",
     PromptsWithoutOptions: r"prompt\(\) must contain the question and every option; '1' lacks \['cross'\]",
-    ParsesNothing: r"parse\(\) must find option 0 of '1'",
+    ParsesNothing: r"parse\(\) must find option 0 of '1' in what continuations\(\) has for it, 'A'",
     ParsesEverything: r"parse\(\) must give None for an empty answer, not 0",
     WritesNothing: "max_new_tokens must be at least 1, not 0",
     TrainsOnNothing: r"training_records\(\) must not fail; .*turns must alternate between human and gpt",

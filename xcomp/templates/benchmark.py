@@ -1,11 +1,20 @@
-"""skeleton: multiple-choice questions from a JSON file.
+"""skeleton: questions from a JSON file, with options to choose from or open.
 
 The file holds a list of ``{"video": "a.mp4", "question": "What?", "options": ["this", "that"], "answer": 0}``; a
-video's path is relative to the file, and ``answer`` the right option's number.
+video's path is relative to the file, and ``answer`` the right option's number. A question without options has a list
+``answers`` of right texts instead. (The built-in benchmark ``questions`` reads such files, and CSV and parquet, with
+every bad line named: write one of your own where prompts, scores or files are others.)
 
-A benchmark has to write ``questions()``. It may override ``prompt(question)``, the text put to the model, and
-``parse(text, question)``, the option's number that the model's answer means, or None; ``max_new_tokens`` bounds how
-long an answer may get.
+A benchmark has to write ``questions()``, and may override:
+
+- ``prompt(question)``: the text put to the model;
+- ``parse(text, question)``: the number of the option that the model's answer means, or None;
+- ``score(text, question)``: how good an answer to an open question is, metric → 0..1, the headline first;
+- ``metrics(records)``: the benchmark's own figures, in per cent, from the records of one arm;
+- ``continuations(question)``: what stands for each option where the likeliest is taken (default: the letters);
+- ``max_new_tokens``: how long an answer may get; ``axes``: the order in which a report shows questions' labels.
+
+``self.defects``, set by ``questions()``, counts what is odd in the benchmark's files, for ``run.json``.
 """
 
 from __future__ import annotations
@@ -21,6 +30,9 @@ from xcomp.benchmark import Question
 
 class Skeleton(Benchmark):
     """Questions of one file."""
+
+    max_new_tokens = 16
+    axes = ("kind",)
 
     @dataclass
     class Config:
@@ -38,8 +50,16 @@ class Skeleton(Benchmark):
         return [self._question(number, record, path) for number, record in enumerate(records)]
 
     def _question(self, number: int, record: dict[str, Any], path: Path) -> Question:
-        for key in ("video", "question", "options", "answer"):
+        for key in ("video", "question", "answer" if "options" in record else "answers"):
             if key not in record:
                 raise ValueError(f"skeleton: '{path}', question {number} has no '{key}'")
-        video, options = str(path.parent / record["video"]), tuple(record["options"])
-        return Question(f"skeleton-{number}", video, record["question"], options, record["answer"])
+        options = tuple(record.get("options", ()))
+        return Question(
+            id=f"skeleton-{number}",
+            video=str(path.parent / record["video"]),
+            question=record["question"],
+            options=options,
+            answer=record["answer"] if options else None,  # an index; one that is no option is refused
+            references=() if options else tuple(record["answers"]),
+            labels={"kind": ("choice" if options else "open",)},  # axis → labels that results are broken down by
+        )
