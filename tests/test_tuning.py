@@ -319,3 +319,50 @@ def test_missing_data_are_told_before_a_model_is_loaded(make, tmp_path, capsys, 
         *lines, error = capsys.readouterr().err.splitlines()
         assert error.startswith(f"xcomp: error: {last}") and not (tmp_path / "runs").exists()
         assert lines == ([f"xcomp: {first}", "xcomp: tune.data[1]: 'gone.json' does not exist"] if first else [])
+
+
+@pytest.fixture
+def damaged(tmp_path, needle_videos):
+    """A file of 16 records, of whose videos one is gone and one is no video, and of which one is no record."""
+    records = xcomp.load_benchmark("needle", split="train", **needle_videos).training_records(("open",)) * 2
+    (tmp_path / "broken.mp4").write_bytes(b"no video" * 100)
+    records[3], records[9] = (
+        {**records[i], "video": str(tmp_path / v)} for i, v in ((3, "broken.mp4"), (9, "gone.mp4"))
+    )
+    (tmp_path / "records.jsonl").write_text("\n".join([json.dumps(r) for r in records[:15]] + ["{"]))
+    return {"records": str(tmp_path / "records.jsonl")}
+
+
+@pytest.mark.parametrize("stop, workers", [(3, 0), (9, 0), (9, 1)])
+def test_records_that_are_no_good_are_left_out_of_a_run_that_resumes_too(
+    make, stop_before, damaged, capsys, tmp_path, stop, workers
+):
+    options = {"data": [damaged], "max_skipped": 0.2, "steps": 12, "frames": [4], "num_workers": workers}
+    whole = run(make("whole", **options))
+    err = capsys.readouterr().err
+    assert "tune.data: 1 records are refused and left out (see skipped.jsonl), the first: records file" in err
+    lines = [json.loads(line) for line in (whole.parent / "skipped.jsonl").read_text().splitlines()]
+    reasons = {line["record"].rpartition(", ")[2]: line["reason"] for line in lines}
+    assert sorted(reasons) == ["line 10", "line 16", "line 4"] and len(lines) == 3
+    assert "line 16 is not JSON" in reasons["line 16"] and "gone.mp4: no such file" in reasons["line 10"]
+    assert err.endswith(f"xcomp: 3 train records left out; which and why: {whole.parent}/skipped.jsonl\n")
+    restore = stop_before(stop)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(make("stopped", **options))
+    restore()
+    resumed = run(make("stopped", **options))
+    assert same(weights(resumed), weights(whole)) and logged(resumed.parent) == logged(whole.parent)
+    assert len((resumed.parent / "skipped.jsonl").read_text().splitlines()) == 3
+
+
+def test_too_many_records_that_are_no_good_end_a_run_which_may_go_on(make, damaged, tmp_path, capsys):
+    options = {"data": [damaged], "steps": 12, "frames": [4]}
+    whole = run(make("whole", max_skipped=0.5, **options))
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump(make("run", max_skipped=0.1, **options)))
+    assert main(["tune", str(tmp_path / "tune.yaml"), "tune.max_skipped=0.01"]) == 2
+    assert "line 16 is not JSON" in capsys.readouterr().err and not (tmp_path / "runs" / "run").exists()
+    assert main(["tune", str(tmp_path / "tune.yaml")]) == 2
+    line = "2 of the 16 records of tune.data are left out, more than tune.max_skipped=0.1 allows; the last: "
+    assert line in capsys.readouterr().err
+    assert main(["tune", str(tmp_path / "tune.yaml"), "tune.max_skipped=0.5"]) == 0
+    assert same(weights(tmp_path / "runs" / "run" / "model"), weights(whole))

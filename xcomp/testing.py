@@ -199,6 +199,8 @@ def check_backbone(plugin: Any, **options: Any) -> None:
             asked = [_prompt_of(backbone, text, video) for text, video in zip((QUESTION, "Why is that so?"), videos)]
             _check_language_model(watch, backbone, tokens, asked[0])
             _check_passes(watch, backbone, Compressor(None), videos, asked)
+            if type(backbone).image_prompt is not Backbone.image_prompt:
+                _check_images(watch, backbone, pixels)
         _check_saving(watch, backbone, pixels, tokens)
     _check_parts(watch, backbone, pixels, asked[0])
 
@@ -257,6 +259,24 @@ def _check_prompts(watch: Watch, backbone: Backbone) -> None:
         check_frame_texts(watch.who, texts[0], shown.num_frames // merged)
     stop = backbone.stop_ids
     watch.require(stop and all(isinstance(i, int) for i in stop), f"stop_ids must hold at least one id, not {stop}")
+
+
+def _check_images(watch: Watch, backbone: Backbone, pixels: Tensor) -> None:
+    """Pictures, and text alone, of backbones that train on them."""
+    most, shape = backbone.language_model.embed_tokens.num_embeddings - 1, (2, backbone.tokens_per_frame)
+    tokens = watch.call("encode_images", pixels[:2])
+    check_encoded(watch.who, tokens, (*shape, backbone.text_config.hidden_size), "encode_images")
+    alone = backbone.encode_images(pixels[1:2])
+    watch.require_close(alone, tokens[1:], "encode_images() must take each picture on its own")
+    for texts in ([QUESTION], ["", QUESTION], ["Between ", " and ", QUESTION]):
+        prompt, count = watch.call("image_prompt", texts), len(texts) - 1
+        ids = [prompt.prefix_ids, prompt.question_ids, prompt.header_ids, *tensors_of([prompt.frame_texts])]
+        clause = f"image_prompt() must give 1-D long ids, 0..{most}, not {ids}"
+        watch.require(all(_are_ids(part, most) for part in ids), clause)
+        check_frame_texts(watch.who, prompt.frame_texts, count)
+        video = VisualTokens.from_frames(tokens[:count]) if count else None
+        logits = Decoder(backbone).logits([video], [prompt.prefix_ids], [prompt.suffix_ids], [1], [prompt.frame_texts])
+        watch.require(bool(logits.isfinite().all()), "the logits of pictures, and of text alone, must be finite")
 
 
 def _check_language_model(watch: Watch, backbone: Backbone, tokens: Tensor, prompt: Prompt) -> None:

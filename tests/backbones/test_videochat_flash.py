@@ -621,6 +621,26 @@ def test_released_tokenizer():
     assert prompt.suffix_ids.tolist() == whole
 
 
+def test_released_training_text_in_the_released_tokens():
+    """Nine tokens of a sample with one turn are supervised beside the answer; the blank before the question's line
+    break makes one token of both, which is not."""
+    folder = ROOT.parent / "data" / "videochat_flash_2b"
+    if not folder.is_dir():
+        pytest.skip("the released tokenizer's files are not here")
+    model = build(vocab_size=151_700, options={"tokenizer": str(folder)})
+    turns = [("What is it?", "A cross.")]
+    text = model.training_text(("", "\nWhat is it?"), turns, ShownVideo(duration=12.346, num_frames=64))
+    assert len(text.prefix_ids) == 14 and text.suffix_ids[0] == 198 and 715 in text.suffix_ids
+    answer = model.tokenizer("<|im_start|>assistant\nA cross.<|im_end|>\n").input_ids
+    asked = len(text.suffix_ids) - len(answer)
+    assert text.suffix_ids[asked:].tolist() == answer and text.suffix_mask[asked:].all()
+    others = torch.cat([text.prefix_ids[text.prefix_mask], text.suffix_ids[:asked][text.suffix_mask[:asked]]])
+    assert others.tolist() == [151644, 198, 151645, 198, 151644, 198, 198, 151645, 198]
+    assert text.prompt_length == asked + 3
+    alone = model.training_text(("\nWhat?",), [("What?", "A")], None)  # text alone: "user" and two line breaks
+    assert alone.suffix_ids[:3].tolist() == [151644, 872, 271]
+
+
 # --- pixels -----------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import json
 from itertools import islice
 
+import misbehave
 import pytest
 import torch
 from PIL import Image
@@ -254,6 +255,20 @@ def test_the_next_item_stands_in_for_one_that_is_no_good(loader, workers, tmp_pa
     assert sorted(line["record"] for line in lines) == ["3", "4", "9"]
     assert {"set": "train", "record": "9", "media": None, "reason": "9: broken"} in lines
     assert [one.dataset.asked.count(i) for i in (3, 4, 9)] == [1, 1, 1]  # in two epochs
+
+
+def test_what_hangs_dies_or_grows_is_left_out_too(loader):
+    """Media are read by the processes that decode for comparisons, within the same limits."""
+    one = loader(6, 2, bad=[], most=4, workers=1)
+    one.pool.options.seconds, function = 1.0, {1: misbehave.hang, 2: misbehave.abort, 4: misbehave.leave}
+    one.dataset.read = lambda item, pool: pool.hand_out(function.get(item, str.upper), str(item))
+    assert sorted(sum(epoch(one, 0), [])) == [0, 3, 3, 3, 5, 5]
+    reasons = {
+        "1": "1: decoding took longer than 1 s; raise decoding.seconds, or mend the file",
+        "2": "2: decoding it ended the process (SIGABRT); the file is broken",
+        "4": "4: decoding it ended the process (status 3); the file is broken",
+    }
+    assert one.skipped.known == reasons
 
 
 def test_a_loader_that_resumes_knows_what_is_no_good(loader):
