@@ -144,6 +144,19 @@ def test_words(compressor, options, dtype, waits):
         assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("compressor", [*PLANNED_AND_NOT, "dycoke while decoding"])
+@torch.no_grad()
+def test_options_are_scored_as_on_the_cpu(compressor, dtype, close):
+    """In one pass, unequal lengths and all; and token by token where the rule looks on."""
+    options = {"decoding_layer": 1, "decoding_drop": 0.5} if "while" in compressor else {}
+    found = []
+    for backbone in pair(dtype):
+        decoder = Decoder(backbone, xcomp.load_compressor(compressor.split()[0], **options))
+        state = decoder.prefill(backbone.encode(random_pixels(backbone, 3, seed=3)), PREFIX, SUFFIX)
+        found.append(torch.cat([s for s, _ in decoder.score(state.repeat(3), [[5], [6, 7, 8], [9, 10]])]))
+    close(found[1].to("cuda"), found[0])  # scores come back to the CPU
+
+
 @pytest.mark.parametrize("compressor", [*PLANNED, "attention_drop", "fastv", "pyramid_drop"])
 @torch.no_grad()
 def test_planned_dropping_never_waits_for_the_device(compressor, waits):
