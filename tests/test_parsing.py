@@ -65,6 +65,7 @@ def read(text, options):
         ("The answer isn't B but C", "C"),
         ("The answer is F", None), ("Answer:", None), ("Answer:\nB", "B"), ("The answer to this question is B", "B"),
         ("The answer -> B", "B"), ("Best option: C", "C"), ("The answer is E.", "E"),
+        ("The answer could be A. But it is C.", None),
         ("answer is e because of it", "E"),
         # as a label
         ("B - red", "B"), ("B – red", "B"), ("B, since the car is red", "B"), ("B because the car is red", "B"),

@@ -18,7 +18,7 @@ _NEAR = 60  # characters within which words belong to what they stand beside
 _ANSWER = r"""
     (?:answers?|solution|(?:best|correct|right|final|my)\s+(?:option|choice|one|letter))
         (?:\s+(?:to\s+th\w+\s+question|here|letter|option|choice))*\s*
-        (?:is|are|was|=|:|[-=]>|→|–|(?:would|should|must|could|might|has\s+to|seems\s+to|appears\s+to)\s+be)+
+        (?:is|are|was|=|:|[-=]>|→|–|(?:would|should|must|has\s+to|seems\s+to|appears\s+to)\s+be)+
     | \b(?:i|we)(?:\s+(?:would|will|shall|must|have\s+to)|['’](?:d|ll))?\s+
         (?:choose|chose|pick|select|say|guess|answer|take|go\s+(?:with|for)|vote\s+for)
     | respuesta(?:\s+correcta)?\s*(?:es|:) | opción\s+correcta\s*(?:es|:)
