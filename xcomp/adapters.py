@@ -83,7 +83,7 @@ def save_adapters(backbone: Backbone, folder: Path, dtype: str | None) -> None:
     config.save_pretrained(str(folder))
     adapters = {id(p) for p in adapter_parameters(model)}
     others = {n: p for n, p in backbone.named_parameters() if p.requires_grad and id(p) not in adapters}
-    for name, tensors in ((ADAPTERS, get_peft_model_state_dict(model)), (OTHERS, others)):
+    for name, tensors in ((ADAPTERS, get_peft_model_state_dict(model, save_embedding_layers=False)), (OTHERS, others)):
         own = {
             key: t.detach().to("cpu", DTYPES[dtype] if dtype else t.dtype).contiguous() for key, t in tensors.items()
         }
@@ -126,7 +126,7 @@ def load_adapters(backbone: Backbone, folder: Path) -> None:
     wanted = ("r", "lora_alpha", "lora_dropout", "target_modules")
     _inject(model, {name: getattr(settings, name) for name in wanted})
     stored = {name: t.to(backbone.device) for name, t in load_file(folder / ADAPTERS).items()}
-    _check(folder / ADAPTERS, stored, get_peft_model_state_dict(model))
+    _check(folder / ADAPTERS, stored, get_peft_model_state_dict(model, save_embedding_layers=False))
     set_peft_model_state_dict(model, stored)
     merge_adapters(model)
     if (folder / OTHERS).is_file():

@@ -7,12 +7,13 @@ tower, projector, embedding, head) is gathered for the whole of a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
@@ -52,12 +53,17 @@ def _call(part: Callable[..., Any], *args: Any) -> Any:
     return part(*args)
 
 
-@contextmanager
-def gathered(module: L.LightningModule) -> Iterator[None]:
-    """Whole parameters on every process, for saving; all processes enter and leave together."""
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    for part in parts:
-        part.unshard()
-    yield
-    for part in parts:
-        part.reshard()
+def gather(module: L.LightningModule) -> None:
+    """Give the first process whole parameters in place of its pieces, on the CPU, for saving; a model that is not
+    shared out stays as it is.
+
+    All processes call it, once and when training is over: the pieces are gone then.
+    """
+    if not isinstance(module, FSDPModule):
+        return
+    whole = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    made: dict[int, nn.Parameter] = {}  # a parameter that stands in two places stays one
+    for name, piece in list(module.named_parameters(remove_duplicate=False)) if whole else ():
+        own = made.setdefault(id(piece), nn.Parameter(whole[name], requires_grad=piece.requires_grad))
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, own)

@@ -30,7 +30,7 @@ from xcomp.recorded import write_record
 from xcomp.registry import configure
 from xcomp.resuming import Resume, StopAtStep, best_checkpoint, clear_leftovers, newest_checkpoint
 from xcomp.run import check_run, flat, hold_run, note_run, open_run
-from xcomp.sharding import check_sharded, gathered, is_sharded
+from xcomp.sharding import check_sharded, gather, is_sharded
 from xcomp.stopping import signals
 from xcomp.trainer import tuning_trainer
 
@@ -90,13 +90,13 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
             _tell_skipped(data)
     if stop.number is not None and trainer.checkpoint_callbacks:  # in the last step, after which one was written
         raise stop.stopped(trainer)
-    with gathered(model):
+    gather(model)
+    if trainer.is_global_zero:
         if config.tune.export == "best":
             _take_best(model, folder)
-        if trainer.is_global_zero:
-            _save_model(model, config, trainer.global_step)
-            ended = {"ended": trainer.global_step} if trainer.global_step < config.tune.steps else {}
-            note_run(folder, tuned=_saved(config) | ended)
+        _save_model(model, config, trainer.global_step)
+        ended = {"ended": trainer.global_step} if trainer.global_step < config.tune.steps else {}
+        note_run(folder, tuned=_saved(config) | ended)
     trainer.strategy.barrier()
 
 
