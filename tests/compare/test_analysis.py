@@ -95,8 +95,7 @@ def test_errors_score_nothing_and_stay_out_of_costs():
     arm = analysed(run, records).summary.arms[0]
     assert (arm.errors, arm.unanswered, arm.accuracy.correct, arm.accuracy.n) == (2, 1, 2, 10)
     assert (arm.accuracy_asked.n, arm.frames, arm.total_macs) == (8, 4, 6e9)
-    cautions = analysed(run, records).summary.cautions
-    assert cautions == [
+    assert analysed(run, records).summary.remarks == [
         "Questions that failed to run (counted as wrong): qc_comp+lp_comp@4: 2.",
         "Answers that named no option (counted as wrong): qc_comp+lp_comp@4: 1.",
     ]
@@ -129,9 +128,19 @@ def test_what_a_run_lacks_is_said():
     summary = analysed(run, records).summary
     assert summary.cautions[0] == "2 of 7 videos are missing, their questions not asked: a.mp4, b.mp4."
     assert summary.cautions[1] == "Defects of the benchmark's questions: no right option 3."
-    assert summary.cautions[2].startswith("Not all 12 questions are answered yet (uniform+none@4: 10, ")
     assert "official metrics of benchmark 'no_such_benchmark' are left out" in summary.remarks[0]
+    assert summary.remarks[1].startswith("Not all 12 questions are answered yet (uniform+none@4: 10, ")
     assert all(arm.official is None for arm in summary.arms)
+
+
+def test_arms_of_a_run_that_goes_on_are_compared_when_they_have_the_same_questions():
+    run, records = make_run(budgets=(4,))
+    run["benchmark"] |= {"num_questions": 10}
+    summary = analysed(run, records[:-3]).summary
+    assert [d.a for d in summary.differences] == ["uniform+lp_comp@4"]
+    assert [(r.a, r.reason) for r in summary.refused] == [
+        ("qc_comp+lp_comp@4", "not all of their questions are answered yet")
+    ]
 
 
 def test_a_question_answered_twice_is_refused():

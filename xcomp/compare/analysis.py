@@ -212,7 +212,7 @@ class Summary:
 
     ``differences`` are each arm minus ``reference`` (``pairs``: "reference") or all pairs ("all"); ``refused`` says
     which cannot be compared. ``seconds_comparable``: all runs had the same hardware; else each run's stand alone.
-    ``cautions`` (what is missing or failed) belong under every table, ``remarks`` under the first.
+    ``cautions`` (missing videos, defective questions) belong under every table, ``remarks`` under the first.
     """
 
     name: str
@@ -624,10 +624,10 @@ class _Analyser:
         if any(only):
             if len(only[0]) == len(first):
                 return "they have no question in common"
+            if any(f.num_questions and len(x) < f.num_questions for f, x in zip(runs, (first, second))):
+                return "not all of their questions are answered yet"
             told = [f"{len(q):,} that '{n}' was not asked" for q, n in zip(only, (b, a)) if q]
-            unfinished = any(f.num_questions and len(x) < f.num_questions for f, x in zip(runs, (first, second)))
-            more = " (not all are answered yet)" if unfinished else ""
-            return f"different questions: {' and '.join(told)}, '{(only[0] or only[1])[0]}' for one{more}"
+            return f"different questions: {' and '.join(told)}, '{(only[0] or only[1])[0]}' for one"
         for key, what in (("answer", "right answers"), ("references", "right answers"), ("prompt_sha", "prompts")):
             wrong = [q for q in first if _differ(first[q].get(key), second[q].get(key))]
             if wrong:
@@ -810,13 +810,13 @@ class _Analyser:
             behind = [a for a in asked if facts.num_questions and a.num_questions < facts.num_questions]
             if behind:
                 told = _list(f"{arm.name}: {arm.num_questions:,}" for arm in behind)
-                self.cautions.append(f"{of}Not all {facts.num_questions:,} questions are answered yet ({told}).")
+                self.remarks.append(f"{of}Not all {facts.num_questions:,} questions are answered yet ({told}).")
         for what, counts in (
             ("Questions that failed to run (counted as wrong)", {a.name: a.errors for a in self.arms.values()}),
             ("Answers that named no option (counted as wrong)", {a.name: a.unanswered for a in self.arms.values()}),
         ):
             if any(counts.values()):
-                self.cautions.append(f"{what}: {_list((f'{k}: {n:,}' for k, n in counts.items() if n), most=8)}.")
+                self.remarks.append(f"{what}: {_list((f'{k}: {n:,}' for k, n in counts.items() if n), most=8)}.")
         if len(self.runs) > 1:
             for package in ("xcomp", "torch", "transformers"):
                 found = dict.fromkeys(facts.versions.get(package) for facts in self.facts.values())

@@ -147,9 +147,10 @@ def differences(summary: Summary, *, brief: bool = False) -> Grid | None:
         )
     if summary.equal_budget:
         notes.append(f"Equal budgets asked for: {BUDGETS[summary.equal_budget]}, within {100 * TOLERANCE:.0f} %.")
-    notes += [f"{r.a} and {r.b} are not compared: {r.reason}." for r in summary.refused[:10]]
-    if len(summary.refused) > 10:
-        notes.append(f"{len(summary.refused) - 10} more pairs are not compared (summary.json has them).")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for refusal in summary.refused:
+        reasons.setdefault((refusal.b, refusal.reason), []).append(refusal.a)
+    notes += [f"Not compared with {b}: {', '.join(arms)} ({reason})." for (b, reason), arms in reasons.items()]
     return Grid("Paired differences", columns, rows, notes)
 
 
