@@ -282,3 +282,15 @@ def test_a_stopped_run_that_accumulates_over_a_record_it_left_out_goes_on_to_the
     resumed = run(make("run", top, **options))
     assert same(weights(resumed), weights(whole)) and logged(resumed.parent) == logged(whole.parent)
     assert all("broken.mp4" in (model.parent / "skipped.jsonl").read_text() for model in (whole, resumed))
+
+
+def test_what_was_best_on_other_records_is_not_best_any_more(make, capsys):
+    folder = run(make("run", validation=True, steps=4, learning_rate=0.05)).parent
+    (before,) = (folder / "checkpoints").glob("best-*")
+    other = make("run", validation=True, steps=8, learning_rate=0.05)
+    other["tune"]["validation"] = [{**other["tune"]["validation"][0], "repeat": 2}]
+    capsys.readouterr()
+    run(other)
+    assert f"xcomp: tune.validation has changed: {before.name} is the best no longer\n" in capsys.readouterr().err
+    (best,) = (folder / "checkpoints").glob("best-*")
+    assert best.name.startswith("best-step=8-")

@@ -28,14 +28,19 @@ from xcomp.recorded import RECORD
 CONFIG, ADAPTERS, OTHERS = "adapter_config.json", "adapter_model.safetensors", "trained.safetensors"
 
 
+def check_installed(what: str) -> None:
+    """ConfigError that names ``what`` needs peft, where it is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError(f"{what} needs the package peft: pip install xcomp[lora]")
+
+
 def add_adapters(backbone: Backbone, lora: Lora, seed: int) -> None:
     """Put adapters, which change nothing yet, into a backbone's language model.
 
     Raises:
         ConfigError: if peft is not installed, a target does not exist, or there is no checkpoint to refer to.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ConfigError("tune.lora needs the package peft: pip install xcomp[lora]")
+    check_installed("tune.lora")
     if not lora.merge and getattr(backbone.config, "checkpoint", None) is None:
         raise ConfigError("tune.lora writes adapters for the backbone's checkpoint, which is none; take merge: true")
     model = backbone.language_model
@@ -117,8 +122,7 @@ def load_adapters(backbone: Backbone, folder: Path) -> None:
     Raises:
         ValueError: if they do not fit it, or peft is not installed.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError(f"'{folder}' holds adapters and needs the package peft: pip install xcomp[lora]")
+    check_installed(f"'{folder}' holds adapters, and")
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
     model = backbone.language_model

@@ -18,7 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 from torch import distributed
 
-from xcomp.adapters import base_of, merge_adapters, save_adapters
+from xcomp.adapters import base_of, check_installed, merge_adapters, save_adapters
 from xcomp.checkpoint import save_compressor, whole_folder
 from xcomp.config import ConfigError, RunConfig, split_component
 from xcomp.contract import check_methods
@@ -45,6 +45,8 @@ def tune(config: RunConfig) -> Path:
     """
     if not config.tune.data:
         raise ConfigError("tune.data is empty; list where the training records come from")
+    if config.tune.lora is not None:
+        check_installed("tune.lora")
     check_run(config, "tune")
     if _is_tuned(config):
         return config.folder / "model"
