@@ -8,7 +8,8 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test test-gpu install clean
 
 demo: $(INSTALLED)
-	$(BIN)/xcomp compare configs/demo.yaml
+	$(BIN)/xcomp compare demo
+	$(BIN)/xcomp compare demo_choose
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
