@@ -160,7 +160,8 @@ def main() -> None:
     for name in names:
         row = {"what": "scoring", "variant": name, "size": options.size, "frames": options.frames}
         row |= {"question_tokens": QUESTION + HEADER, "prefix_tokens": PREFIX, **spread(taken[name])}
-        for other in ("prefill", "reference", "reference, counted layers"):  # of each turn, as other work on the machine meets both alike
+        # Of each turn, as other work on the machine meets both alike.
+        for other in ("prefill", "reference", "reference, counted layers"):
             ratios = sorted(a / b for a, b in zip(taken[other], taken[name]))
             column = f"{other.replace(', ', '_').replace(' ', '_')}_over_this"
             row |= {
