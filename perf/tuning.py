@@ -129,6 +129,8 @@ def seconds(options: argparse.Namespace) -> list[dict[str, object]]:
             model.freeze_untrained()
             made = samples(found, frames, backbone)
             made_orders = orders(estimates(found, "LLaVA-Video"), size, options.seed)
+            means = orders(estimates(found, "LLaVA-Video, and means"), size, options.seed)
+            made_orders["by length and means"] = means["by length"]
             taken: dict[str, list[float]] = {name: [] for name in made_orders}
             for step in range(options.steps):  # in turns: each order's batches of 32 records
                 for name, batches in made_orders.items():

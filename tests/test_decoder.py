@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import xcomp
 from xcomp.backbone import FrameText, attention_probabilities, repeat_heads
+from xcomp.compressor import Compressor, Reduction
 from xcomp.decoder import Decoder, QuestionNeeded
 from xcomp.registry import plugins
 
@@ -158,6 +159,64 @@ def test_logits_of_a_batch_are_packed(make_backbone):
         packed = decoder.logits(videos, [PREFIX, PREFIX], [SUFFIX, SUFFIX[:3]], [4, 2])
         alone = [decoder.logits(v, PREFIX, s, [n]) for v, s, n in zip(videos, (SUFFIX, SUFFIX[:3]), (4, 2))]
     assert relative_error(packed, torch.cat(alone)) < 2e-5
+
+
+def first_slots(num_layers, width):
+    """A plan by which a frame's last tokens leave: the one before the question, too."""
+    return [tuple(range(width))] * 2 + [tuple(range(max(1, width // 2)))] * (num_layers - 2)
+
+
+class FirstSlots(Compressor):
+    """By that plan, or by what a rule after the second layer says: which positions stay, or a reduction to them."""
+
+    def __init__(self, form):
+        super().__init__(None)
+        if form == "plan":
+            self.plan = first_slots
+        else:
+            self.after_layer, self.form = self._rule, form
+
+    def _rule(self, output):
+        if output.layer != 1:
+            return None
+        keep = (output.layout.slot < 4) & output.layout.real
+        if self.form == "mask":
+            return keep
+        return Reduction([row.nonzero()[:, 0] for row in keep])
+
+
+@pytest.mark.parametrize("name", [*COMPRESSORS, "plan", "mask", "order"])
+def test_any_text_may_be_predicted(make_backbone, name):
+    """By what stands before each at the last layer: of the first behind the video, the last token left of that."""
+    backbone = make_backbone()
+    with torch.no_grad():
+        own = name in ("plan", "mask", "order")
+        rule, visual = FirstSlots(name) if own else compressor(name), tokens(backbone)
+        slow = FirstSlots("plan") if own else rule
+        theirs = reference_logits(backbone, slow, visual, PREFIX, SUFFIX)
+        width = slow.before_llm(visual).shape[1]
+        left = max(slow.plan(backbone.num_layers, width)[-1])
+        behind = len(PREFIX) + 6 * width
+        before_question = behind - width + left  # the last frame's last token
+        rows = [behind + 3, behind + 4, 0, 1, before_question, behind, behind + 1]
+        ours = Decoder(backbone, rule).logits(visual, PREFIX, SUFFIX, [2], predicted=torch.tensor([1, 2, 3, 4, 5]))
+    assert relative_error(ours, theirs[rows]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["none", "lp_comp", "avg_pool", "attention_drop", "fastv", "tome", "framefusion"])
+def test_text_alone_and_beside_videos_equals_transformers(make_backbone, name):
+    backbone = make_backbone()
+    decoder, video = Decoder(backbone, compressor(name)), tokens(backbone)
+    with torch.no_grad():
+        embeds = backbone.embed(torch.cat([PREFIX, SUFFIX]))[None]
+        theirs = backbone.lm_head(backbone.language_model(inputs_embeds=embeds).last_hidden_state)[0]
+        alone = decoder.logits([None], [PREFIX], [SUFFIX], [3], predicted=[[1, 3]])
+        shown = decoder.logits([video], [PREFIX], [SUFFIX[:4]], [1], predicted=[[2]])
+        both = decoder.logits(
+            [None, video, None], [PREFIX] * 3, [SUFFIX, SUFFIX[:4], SUFFIX], [3, 1, 1], predicted=[[1, 3], [2], []]
+        )
+    assert relative_error(alone, theirs[[5, 6, 7, 0, 2]]) < 1e-5
+    assert relative_error(both, torch.cat([alone, shown, theirs[-1:]])) < 2e-5
 
 
 def test_eager_equals_sdpa(make_backbone):
