@@ -9,11 +9,12 @@ them), or neither. ``messages`` with ``role`` and ``content`` say the same as ``
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -126,9 +127,9 @@ def parse_record(
     joined = "" if media_type in ("text", "mix") else root
     questions = [_PLACE.sub("", turns[0][0]).strip(), *(question for question, _ in turns[1:])]
     return Conversation(
-        None if video is None else str(Path(joined) / video),
+        None if video is None else os.path.join(joined, video),
         tuple(zip(questions, (answer for _, answer in turns))),
-        images=tuple(str(Path(joined) / image) for image in images),
+        images=tuple(os.path.join(joined, image) for image in images),
         texts=texts,
         span=span,
         read_type=_read_type(read_type or record.get("video_read_type") or "decord", where),
@@ -143,10 +144,17 @@ def _check_keys(record: Mapping[str, Any], where: str, notes: Counter[str]) -> N
             continue
         if key in _FOREIGN:
             raise ConfigError(f"{where}: key '{key}' is not supported; keys that are read: {', '.join(_KEYS)}")
-        close = nearest(str(key), [known for known in _KEYS if known not in record])
-        if close and _one_slip(str(key), close.split("'")[1]):
-            raise ConfigError(f"{where}: key '{key}' is unknown;{close} keys that are read: {', '.join(_KEYS)}")
+        meant = _meant(str(key))
+        if meant is not None and meant not in record:
+            keys = ", ".join(_KEYS)
+            raise ConfigError(f"{where}: key '{key}' is unknown; did you mean '{meant}'? keys that are read: {keys}")
         notes[f"key '{key}' is not read"] += 1
+
+
+@lru_cache(maxsize=1024)
+def _meant(key: str) -> str | None:
+    """The key that is read of which this one is a slip."""
+    return next((known for known in _KEYS if _one_slip(key, known)), None)
 
 
 def _one_slip(word: str, known: str) -> bool:
