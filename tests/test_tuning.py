@@ -142,9 +142,9 @@ def test_a_run_stopped_several_times_goes_on_to_the_same_weights(make, stop_befo
 @pytest.mark.parametrize("stop, options", [(3, {}), (5, {}), (5, {"num_workers": 1, "validation": True})])
 def test_random_numbers_in_a_step_are_those_of_an_uninterrupted_run(make, stop_before, monkeypatch, stop, options):
     """Of dropout, for one, which the models that are built in do without."""
-    loss = VideoQA._judged
+    loss = VideoQA._loss_of
     noisy = lambda *args: tuple(value * (0.5 + torch.rand(())) for value in loss(*args))  # noqa: E731
-    monkeypatch.setattr(VideoQA, "_judged", noisy)
+    monkeypatch.setattr(VideoQA, "_loss_of", noisy)
     whole = run(make("whole"))
     restore = stop_before(stop)
     with pytest.raises(RuntimeError, match="power cut"):
@@ -152,7 +152,7 @@ def test_random_numbers_in_a_step_are_those_of_an_uninterrupted_run(make, stop_b
     restore()
     resumed = run(make("stopped", **options))
     assert same(weights(resumed), weights(whole)) and logged(resumed.parent) == logged(whole.parent)
-    monkeypatch.setattr(VideoQA, "_judged", loss)
+    monkeypatch.setattr(VideoQA, "_loss_of", loss)
     assert not same(weights(run(make("quiet"))), weights(whole))
 
 

@@ -22,8 +22,8 @@ def tuning_config(run: dict, videos: dict, name: str, top: dict | None = None, *
 
 
 def checkpoints(folder: Path) -> list[str]:
-    """Names of all that lies in a run's folder of checkpoints."""
-    return sorted(path.name for path in (folder / "checkpoints").glob("*"))
+    """Names of all that lies in a run's folder of checkpoints, but the one with the lowest validation loss."""
+    return sorted(path.name for path in (folder / "checkpoints").glob("*") if not path.name.startswith("best-"))
 
 
 def weights(model: Path) -> dict[str, torch.Tensor]:

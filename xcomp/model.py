@@ -254,9 +254,9 @@ class VideoQA(L.LightningModule):
 
     def _loss(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy over the supervised tokens of a batch, and the share of them that is predicted right."""
-        return self._judged(*self._answers(batch))
+        return self._loss_of(*self._answers(batch))
 
-    def _judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss_of(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """``_loss`` of what ``_answers`` gives."""
         right = (logits.argmax(-1) == labels)[labels != IGNORED].float().mean()
         return cross_entropy(logits.float(), labels, ignore_index=IGNORED), right
@@ -280,7 +280,7 @@ class VideoQA(L.LightningModule):
 
     def training_step(self, batch: list[Sample], batch_idx: int) -> Tensor:
         logits, labels = self._answers_in_step(batch)
-        loss, right = self._judged(logits, labels)
+        loss, right = self._loss_of(logits, labels)
         loss = loss + self._nothing_of_unused(batch, loss)
         self._of_step.append({"loss": loss.detach().float(), "token_accuracy": right.detach()})
         if (distillation := self.tune.distillation) is None:
