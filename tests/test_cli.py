@@ -168,6 +168,28 @@ def test_ask_tells_what_the_answer_is_from(run_cli, place, video, words):
 
 
 @needs_fork
+def test_ask_about_a_part(run_cli, place, video):
+    command = ("ask", video, "What?", "--config", "run.yaml", "--json", "-q")
+    status, out, _ = run_cli(*command, "--start", "1", "--end", "3")
+    told = json.loads(out)
+    assert status == 0 and told["span"] == [1, 3] and all(1 <= time <= 3 for time in told["times"])
+    status, out, _ = run_cli(*command, "--start", "2")
+    told = json.loads(out)
+    assert status == 0 and told["span"] == [2, told["duration"]] and min(told["times"]) >= 2
+    assert json.loads(run_cli(*command)[1])["span"] is None
+
+
+@needs_fork
+def test_ask_by_scores(run_cli, video):
+    options = ["a thing", "nothing"]
+    command = ("ask", video, "What?", "generation.mode=loglikelihood", "-q", "--options", *options)
+    status, out, err = run_cli(*command)
+    assert (status, err) == (0, "") and out.strip() in options
+    told = json.loads(run_cli(*command, "--json")[1])
+    assert told["chosen"] == out.strip() and max(told["option_scores"]) == told["option_scores"][told["choice"]]
+
+
+@needs_fork
 def test_ask_says_where_no_option_fits(run_cli, place, video):
     command = ("ask", video, "What?", "--config", "run.yaml", "--quiet", "--options", "a thing", "nothing")
     status, out, err = run_cli(*command)
@@ -259,6 +281,8 @@ MISTAKES = {
     ),
     "empty video": ("ask empty.mp4 What? --config run.yaml", "empty.mp4: not a readable video"),
     "folder without images": ("ask runs What? --config run.yaml", "runs: folder has no frames: no images named"),
+    "a part that is none": ("ask VIDEO What? --start 3 --end 2 --config run.yaml", "the span from 3 to 2 s is none"),
+    "a part outside": ("ask VIDEO What? --start 300 --end 301 --config run.yaml", "is outside the video, which lasts"),
     "no override": ("ask VIDEO What? frmes=8", "has no key 'frmes'; did you mean 'frames'?"),
     "no question": ("ask VIDEO frmes=8", "a question 'frmes=8': --question 'frmes=8'"),
     "two questions": ("ask VIDEO What is it?", "'is' stands beside the question 'What'; put a question into quotes"),
@@ -309,7 +333,7 @@ MISTAKES = {
     ),
     "missing records": (
         "tune run.yaml tune.data=[{records:\\ none.json}]",
-        "records file 'none.json' cannot be read: No such file",
+        "'none.json' does not exist",
     ),
     "records that are no JSON": (
         "tune run.yaml tune.data=[{records:\\ text.mp4}]",

@@ -161,6 +161,7 @@ def test_what_the_configuration_says_holds_where_a_task_says_nothing(adapter):
     [
         ({"max_new_token": 4}, "task mini: generation' has no key 'max_new_token'; did you mean 'max_new_tokens'?"),
         ({"image_aspect_ratio": "pad"}, "no key 'image_aspect_ratio'"),
+        ({"mode": "loglikelihood"}, "generation.mode is 'loglikelihood', but the task has its answers written"),
         ({"num_beams": 0}, "generation.num_beams is 0; it must be at least 1"),
         ({"until": [3]}, r"until is \(3,\); it must be texts"),
         ({"until": ""}, "it must be texts"),

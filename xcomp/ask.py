@@ -59,13 +59,20 @@ def toy(config: RunConfig) -> str | None:
 
 
 def as_json(
-    question: str, options: Sequence[str] | None, answer: Answer, config: RunConfig, name: str, overrides: Sequence[str]
+    question: str,
+    options: Sequence[str] | None,
+    span: tuple[float, float] | None,
+    answer: Answer,
+    config: RunConfig,
+    name: str,
+    overrides: Sequence[str],
 ) -> dict[str, Any]:
     """One answer as JSON can hold it; names are those of a run's records where both have a thing.
 
-    ``choice`` is the index of the option chosen and ``chosen`` its text, both None where none fits or there are none.
-    ``frames`` are numbers within the file, ``times`` their seconds; ``macs`` and ``seconds`` are by stage, of the
-    question alone on a fresh video.
+    ``choice`` is the index of the option chosen and ``chosen`` its text, both None where none fits or there are none;
+    ``option_scores`` are there where options were scored (``generation.mode: loglikelihood``). ``span`` is the part of
+    the video that was asked about, None for all. ``frames`` are numbers within the file, ``times`` their seconds;
+    ``macs`` and ``seconds`` are by stage, of the question alone on a fresh video.
     """
     return {
         "question": question,
@@ -73,6 +80,8 @@ def as_json(
         "text": answer.text,
         "choice": answer.choice,
         "chosen": None if answer.choice is None else options[answer.choice],
+        "option_scores": answer.option_scores,
+        "span": None if span is None else list(span),
         "frames": answer.frames,
         "times": answer.times,
         "duration": answer.duration,

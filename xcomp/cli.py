@@ -116,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("words", nargs="*", metavar="[QUESTION] [key=value]", help=text)
     ask.add_argument("--question", help="a question that looks like key=value")
     ask.add_argument("--options", nargs="+", metavar="OPTION", help="answers to choose from")
+    for place in ("start", "end"):
+        text = f"{place} of the part of the video that is asked about (default: the video's)"
+        ask.add_argument(f"--{place}", type=float, metavar="SECONDS", help=text)
     ask.add_argument("--config", default="ask", help="a YAML file, or the name of a built-in config (default: ask)")
     ask.add_argument("--set", nargs="+", default=[], metavar="key=value", help="the same as key=value without it")
     text = "a line of JSON a question: answer, frames, tokens and cost"
@@ -223,9 +226,7 @@ def _ask(options: argparse.Namespace) -> None:
     options.overrides += options.set
     check_options(options.options)
     config = _load(options)
-    from xcomp.video import Video
-
-    Video(options.video, reader=config.sampling.reader).close()  # before a large model is loaded for nothing
+    span = _span(options, config.sampling.reader)  # before a large model is loaded for nothing
     from xcomp.model import VideoQA
     from xcomp.recorded import resolved_compressor, tell_others
 
@@ -235,7 +236,7 @@ def _ask(options: argparse.Namespace) -> None:
     model, told = VideoQA.from_config(config).eval(), []
     if name := toy(config):
         say(f"'{name}' is a toy, trained on generated videos: of a real one its answers mean nothing; see --config")
-    with model.open(options.video) as video:
+    with model.open(options.video, span) as video:
         for question in _questions(asked):
             try:
                 answer = _answer(model, video, question, options.options, stream=not options.json)
@@ -248,7 +249,7 @@ def _ask(options: argparse.Namespace) -> None:
                     print(json.dumps({"question": question, "error": line}), flush=True)
                 continue
             if options.json:
-                line = as_json(question, options.options, answer, config, options.config, options.overrides)
+                line = as_json(question, options.options, span, answer, config, options.config, options.overrides)
                 print(json.dumps(line), flush=True)
             if options.options and answer.choice is None:
                 _say(f"none of the options: the model wrote '{printable(answer.text)}'")
@@ -262,6 +263,21 @@ def _ask(options: argparse.Namespace) -> None:
         from xcomp.compare.explain import write_page
 
         write_page(options.explain, options.video, told)
+
+
+def _span(options: argparse.Namespace, reader: str) -> tuple[float, float] | None:
+    """The seconds that are asked about, None for all; the video and they are there."""
+    from xcomp.sampling import span_frames
+    from xcomp.video import Video, VideoError
+
+    with Video(options.video, reader=reader) as video:
+        if options.start is None and options.end is None:
+            return None
+        try:
+            span_frames(video.num_frames, video.fps, options.start, options.end)
+        except VideoError as error:
+            raise VideoError(f"{printable(options.video)}: {error}") from error
+        return options.start or 0.0, video.num_frames / video.fps if options.end is None else options.end
 
 
 def _say(line: str) -> None:

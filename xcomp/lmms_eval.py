@@ -313,7 +313,10 @@ def writing_of(options: Mapping[str, Any], usual: Generation, where: str) -> Wri
     if not given.get("do_sample", usual.do_sample):  # what greedy search does not read; tasks write top_p: 0 beside it
         given = {key: value for key, value in given.items() if key not in ("temperature", "top_p", "top_k")}
     content = {"generation": {**vars(usual), **given}}
-    return Writing(parse_config(content, where).generation.limited(MAX_NEW_TOKENS), until)
+    generation = parse_config(content, where).generation.limited(MAX_NEW_TOKENS)
+    if generation.mode != "generate":
+        raise ConfigError(f"{where}: generation.mode is '{generation.mode}', but the task has its answers written")
+    return Writing(generation, until)
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
