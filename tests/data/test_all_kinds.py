@@ -1,6 +1,8 @@
 """A mixture of records of every kind: frames, ids and labels of each, written out, and a training on all of them."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -290,3 +292,19 @@ def test_a_mixture_of_every_kind_trains(mixture, tiny_run, tmp_path, compressor)
     assert len(losses) == 6 and all(0 < loss < 20 for loss in losses)
     assert not (folders[0] / "skipped.jsonl").exists()
     assert same(weights(folders[0] / "model"), weights(folders[-1] / "model"))
+
+
+def test_ranks_that_hold_the_model_in_pieces_may_have_different_kinds(mixture, tiny_run, tmp_path):
+    """Of a step's two records one may be text alone, where the vision path is not asked: the steps are those of one
+    process, and no rank waits for another without an end."""
+    tune = {"data": [mixture], "steps": 5, "learning_rate": 1e-3, "format": "released", "num_workers": 0}
+    for name, options in (("one", {"accumulate_grad_batches": 2}), ("two", {"devices": 2, "strategy": "fsdp2"})):
+        trainer = {**tiny_run["trainer"], "log_every_n_steps": 1, **options}
+        content = {**tiny_run, "name": name, "sampling": SAMPLING, "tune": tune, "trainer": trainer}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    assert main(["tune", str(tmp_path / "one.yaml")]) == 0
+    command = [sys.executable, "-m", "xcomp.cli", "tune", str(tmp_path / "two.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = ([float(loss) for loss in logged(tmp_path / "runs" / name).values()] for name in ("one", "two"))
+    assert len(one) == 5 and one == pytest.approx(two, rel=1e-5)
