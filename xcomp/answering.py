@@ -210,7 +210,7 @@ class Answerer:
             video.scores[self._key(query)] = scores, frame_query.work
 
     def _key(self, query: Query) -> tuple:
-        return self.selector.key, id(self.compressor), query
+        return self.selector.key, id(self.compressor), self.seed, query
 
     def _pick(self, video: VideoInFlight, query: Query, frame_query: FrameQuery, few: bool) -> Choice:
         """Frames for one question, from scores that are there or (``few``) are computed as they are asked for."""

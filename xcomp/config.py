@@ -198,6 +198,7 @@ class Arm:
     compressor: Any = None
     selector: Any = None
     frames: Any = None  # a number, or a list: one arm each
+    seed: Any = None  # in place of the run's, and of `{seed}` in strings; a list: one arm each, one group in reports
     published: dict[str, float] = field(default_factory=dict)  # what a paper says of this arm; shown beside ours
 
 
@@ -677,6 +678,20 @@ def frame_budgets(frames: Any, where: str) -> list[int | None]:
     for value in values:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(f"config '{where}': frames is {value!r}; it must be a number of frames of at least 1")
+    return list(values)
+
+
+def arm_seeds(seed: Any, where: str) -> list[int | None]:
+    """``seed`` of an arm as a list: a number, several, or None for the run's."""
+    values = seed if isinstance(seed, (list, tuple)) else [seed]
+    if not values:
+        raise ConfigError(f"config '{where}': seed is an empty list; leave it out for the run's seed")
+    for value in values:
+        number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
+        if not (number or seed is None):
+            raise ConfigError(f"config '{where}': seed is {value!r}; it must be a number of 0..{2**32 - 1}")
+        if values.count(value) > 1:
+            raise ConfigError(f"config '{where}': seed names {value} twice")
     return list(values)
 
 

@@ -194,9 +194,30 @@ def test_frame_budgets_make_an_arm_each(make):
     assert [arm.frames for arm in resolve_arms(make(arms=[], frames=[4, 8]))] == [4, 8]
 
 
+def test_seeds_make_an_arm_each_and_a_group(make):
+    draws = {"selector": "random", "frames": 4, "compressor": "none"}
+    run = make(arms=[{"name": "drawn", "seed": [0, 1], **draws}, {"name": "own {seed}", "seed": 7, **draws}])
+    assert [(arm.name, arm.group, arm.seed) for arm in resolve_arms(run)] == [
+        ("drawn, seed 0", "drawn", 0), ("drawn, seed 1", "drawn", 1), ("own 7", "own {seed}", 7),
+    ]  # fmt: skip
+    folder = compare(run)
+    described = read_run(folder).about["arms"]
+    assert [(arm["group"], arm["seed"]) for arm in described] == [("drawn", 0), ("drawn", 1), ("own {seed}", 7)]
+    frames = [[r["frames"] for r in read(folder) if r["arm"] == arm["name"]] for arm in described]
+    assert frames[0] != frames[1] != frames[2]  # each draws its own, though they share a video
+    summary = analyse([read_run(folder)]).summary
+    assert [(group.name, group.seeds) for group in summary.groups] == [("drawn", [0, 1])]
+    alone = compare(make(name="alone", seed=1, arms=[{"name": "one", **draws}]))
+    assert [r["frames"] for r in read(alone)] == frames[1]
+
+
 @pytest.mark.parametrize(
     "arms, message",
     [
+        ([{"seed": []}], r"arms\[0\]': seed is an empty list"),
+        ([{"seed": [1, 1]}], r"arms\[0\]': seed names 1 twice"),
+        ([{"seed": "one"}], r"arms\[0\]': seed is 'one'; it must be a number of 0"),
+        ([{"name": "a {seed}"}], r"arms\[0\]: 'a \{seed\}' names \{seed\}, but the arm has no 'seed'"),
         ([{"name": "a"}, {"name": "a", "frames": 8}], "two arms are called 'a'; give each a 'name' of its own"),
         ([{}, {"frames": 8}], r"two arms are called 'lp_comp \+ uniform'"),
         ([{"frames": [4, 4]}], r"two arms are called 'lp_comp \+ uniform, 4 frames'"),

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from xcomp.compare.analysis import check_equal
-from xcomp.config import ConfigError, RunConfig, check_component, component_parts, frame_budgets, split_component
+from xcomp.config import (
+    ConfigError,
+    RunConfig,
+    arm_seeds,
+    check_component,
+    component_parts,
+    frame_budgets,
+    split_component,
+)
 from xcomp.messages import nearest
 from xcomp.recorded import resolved_compressor
 from xcomp.registry import load_class
@@ -19,7 +27,7 @@ COMPUTING = ("device", "dtype", "attn_implementation")
 
 @dataclass(frozen=True)
 class ResolvedArm:
-    """One arm with nothing left to default. ``group`` is its name without the frame budget.
+    """One arm with nothing left to default. ``group`` is its name without the frame budget and the seed.
 
     ``published`` is what a paper says of it; ``written`` holds its parts with interpolations as the file writes them.
     """
@@ -30,20 +38,21 @@ class ResolvedArm:
     compressor: Any
     selector: Any
     frames: int | None
+    seed: int | None = None
     published: dict[str, float] = field(default_factory=dict, compare=False)
     written: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def description(self) -> dict[str, Any]:
         """As run.json lists it."""
-        shown = {key: getattr(self, key) for key in ("name", "group", *PARTS, "frames")} | self.written
+        shown = {key: getattr(self, key) for key in ("name", "group", *PARTS, "frames", "seed")} | self.written
         published = {"published": self.published} if self.published else {}
         return {**shown, "checkpoint": _options(shown["backbone"]).get("checkpoint"), **published}
 
     def config(self, run: RunConfig) -> RunConfig:
         """The run's configuration with this arm's parts."""
         parts = {k: getattr(self, k) for k in (*PARTS, "frames")}
-        return replace(run, **parts, arms=[])
+        return replace(run, **parts, seed=run.seed if self.seed is None else self.seed, arms=[])
 
 
 def resolve_arms(config: RunConfig) -> list[ResolvedArm]:
@@ -51,32 +60,58 @@ def resolve_arms(config: RunConfig) -> list[ResolvedArm]:
     resolved, run, written = [], config.to_dict(), config.written()
     for number, (own, own_written) in enumerate(zip(run["arms"] or [{}], written["arms"] or [{}])):
         where = f"arms[{number}]"
-        backbone = own.get("backbone") or config.backbone
-        if backbone is None:
-            raise ConfigError(f"{where}: no backbone; name one for the run or the arm")
-        options = load_class("backbone", split_component("backbone", backbone)[0], config.plugins).Config
-        computing = {f.name for f in fields(options)} & set(COMPUTING)
-        parts, parts_written = _parts(run, own, computing), _parts(written, own_written, computing)
-        if (found := resolved_compressor(parts["compressor"], parts["backbone"], where)) != parts["compressor"]:
-            parts["compressor"] = parts_written["compressor"] = found
-        for kind, node in parts.items():
-            check_component(kind, node, config.plugins)
-        names = [
-            split_component(kind, part)[0]
-            for kind in ("compressor", "selector")
-            for part in component_parts(kind, parts[kind])
-        ]
-        group = " + ".join(names) if own.get("name") is None else own["name"]
-        budgets = frame_budgets(config.frames if own.get("frames") is None else own["frames"], where)
-        for frames in budgets:
-            name = f"{group}, {frames} frames" if len(budgets) > 1 else group
-            published = own.get("published") or {}
-            resolved.append(
-                ResolvedArm(name, group, **parts, frames=frames, published=published, written=parts_written)
-            )
+        for seed in arm_seeds(own.get("seed"), where):
+            resolved += _of_seed(config, run, written, own, own_written, seed, where)
     _check_names([arm.name for arm in resolved])
     _check_report(config, resolved)
     return resolved
+
+
+def _of_seed(
+    config: RunConfig,
+    run: Mapping[str, Any],
+    written: Mapping[str, Any],
+    own: Mapping[str, Any],
+    own_written: Mapping[str, Any],
+    seed: int | None,
+    where: str,
+) -> list[ResolvedArm]:
+    """An entry of ``arms`` with one of its seeds: an arm for each of its frame budgets."""
+    unfilled, own, own_written = own, _filled(own, seed, where), _filled(own_written, seed, where)
+    backbone = own.get("backbone") or config.backbone
+    if backbone is None:
+        raise ConfigError(f"{where}: no backbone; name one for the run or the arm")
+    options = load_class("backbone", split_component("backbone", backbone)[0], config.plugins).Config
+    computing = {f.name for f in fields(options)} & set(COMPUTING)
+    parts, parts_written = _parts(run, own, computing), _parts(written, own_written, computing)
+    if (found := resolved_compressor(parts["compressor"], parts["backbone"], where)) != parts["compressor"]:
+        parts["compressor"] = parts_written["compressor"] = found
+    for kind, node in parts.items():
+        check_component(kind, node, config.plugins)
+    names = [
+        split_component(kind, part)[0]
+        for kind in ("compressor", "selector")
+        for part in component_parts(kind, parts[kind])
+    ]
+    group = " + ".join(names) if own.get("name") is None else unfilled["name"]
+    name = group if own.get("name") is None else own["name"]
+    several = isinstance(unfilled.get("seed"), (list, tuple)) and len(unfilled["seed"]) > 1
+    behind = f", seed {seed}" if several and name == group else ""
+    budgets = frame_budgets(config.frames if own.get("frames") is None else own["frames"], where)
+    told = {"seed": seed, "published": own.get("published") or {}, "written": parts_written}
+    names = [f"{name}, {n} frames{behind}" if len(budgets) > 1 else name + behind for n in budgets]
+    return [ResolvedArm(name, group, **parts, frames=n, **told) for name, n in zip(names, budgets)]
+
+
+def _filled(value: Any, seed: int | None, where: str) -> Any:
+    """What an arm says, with its seed in place of ``{seed}``."""
+    if isinstance(value, str) and "{seed}" in value:
+        if seed is None:
+            raise ConfigError(f"{where}: {value!r} names {{seed}}, but the arm has no 'seed'")
+        return value.replace("{seed}", str(seed))
+    if isinstance(value, Mapping):
+        return {key: _filled(item, seed, where) for key, item in value.items()}
+    return [_filled(item, seed, where) for item in value] if isinstance(value, list) else value
 
 
 def _parts(run: Mapping[str, Any], arm: Mapping[str, Any], computing: set[str]) -> dict[str, Any]:

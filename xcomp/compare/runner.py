@@ -215,7 +215,7 @@ class Comparison:
                 budget=arm.frames,
                 generation=config.generation.limited(self.benchmark.max_new_tokens),
                 batch_size=config.batch_size,
-                seed=config.seed,
+                seed=config.seed if arm.seed is None else arm.seed,
             )
         return Panel(backbone, answerers, self.benchmark).eval()
 
