@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -155,6 +156,7 @@ class Asked:
 
     id: str
     video: str
+    place: str  # the video within the folder that holds all
     text: str
     options: Sequence[str]
     answer: int | None
@@ -180,7 +182,7 @@ class Asked:
 
     def compact(self, index: Callable[[str, Any], int]) -> dict[str, Any]:
         """As the script reads it; ``index`` numbers what many questions share."""
-        shared: dict[str, Any] = {"i": self.id, "v": index("videos", self.video), "q": self.text}
+        shared: dict[str, Any] = {"i": self.id, "v": index("videos", self.place), "q": self.text}
         shared |= {"o": list(self.options), "a": self.answer, "r": list(self.references)}
         shared |= {"l": [index("labels", label) for label in self.labels], "m": "".join(a.mark for a in self.answers)}
         shared["t"] = [index("texts", a.text) for a in self.answers]
@@ -647,12 +649,14 @@ def _asked_questions(records: Iterable[Record], arms: Sequence[str]) -> Iterable
     by_question: dict[str, dict[str, Record]] = defaultdict(dict)
     for record in records:
         by_question[record["question_id"]][record["arm"]] = record
+    places = _places({str(record["video"]) for found in by_question.values() for record in found.values()})
     for name, found in by_question.items():
         first = next(iter(found.values()))
         labels = first.get("labels") or ({"category": [first["category"]]} if first.get("category") else {})
         yield Asked(
             id=name,
             video=str(first["video"]),
+            place=places[str(first["video"])],
             text=_short(first.get("question")),
             options=[_short(option) for option in first.get("options") or []],
             answer=first.get("answer"),
@@ -661,6 +665,16 @@ def _asked_questions(records: Iterable[Record], arms: Sequence[str]) -> Iterable
             answers=[_answered(found.get(arm)) for arm in arms],
             records=[(arm, found[arm]) for arm in arms if arm in found],
         )
+
+
+def _places(videos: Iterable[str]) -> dict[str, str]:
+    """Paths without the folders that all share, which say nothing and may come from the environment."""
+    videos = list(videos)
+    try:
+        shared = os.path.commonpath([os.path.dirname(video) for video in videos])
+    except ValueError:  # absolute and relative ones
+        shared = ""
+    return {video: os.path.relpath(video, shared) if shared else video for video in videos}
 
 
 def _answered(record: Record | None) -> Answered:
