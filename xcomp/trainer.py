@@ -39,7 +39,7 @@ DEEPSPEED = (
 def tuning_trainer(config: RunConfig, stop: StopAtStep, steps: int) -> L.Trainer:
     """The Trainer of a tuning run of ``steps``; ``config.trainer`` overrides its arguments."""
     given = {name: value for name, value in config.trainer.items() if name != "logger"}
-    given["strategy"] = _strategy(given)
+    given["strategy"] = _strategy(given, config.tune.train)
     loggers = _loggers(config)
     named = named_callbacks(config.tune, config.folder)
     callbacks: list[Callback] = [stop, StepSeed(config.seed), Throughput(), *named]
@@ -68,8 +68,8 @@ def tuning_trainer(config: RunConfig, stop: StopAtStep, steps: int) -> L.Trainer
     return trainer
 
 
-def _strategy(given: dict[str, Any]) -> Any:
-    """What ``trainer.strategy`` names, as Lightning has it."""
+def _strategy(given: dict[str, Any], train: list[str]) -> Any:
+    """What ``trainer.strategy`` names, as Lightning has it. ``train``: the parts that learn."""
     name = given.get("strategy", "auto")
     processes = _processes(given)
     if not isinstance(name, str):
@@ -81,8 +81,8 @@ def _strategy(given: dict[str, Any]) -> Any:
         raise ConfigError(f"trainer.strategy is '{name}', which cannot clip gradients by their norm; use fsdp2")
     if name.startswith("deepspeed"):
         _check_deepspeed(name, given)
-    if name in ("auto", "ddp") and processes > 1:
-        return "ddp_find_unused_parameters_true"  # a batch need not use every part: text needs no projector
+    if name in ("auto", "ddp") and processes > 1 and {"vision", "compressor"} & set(train):
+        return "ddp_find_unused_parameters_true"  # of a tower the last layers may be unused, of a rule anything
     return name
 
 
