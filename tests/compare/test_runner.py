@@ -139,6 +139,22 @@ def test_a_finished_run_asks_nothing(make, monkeypatch):
     assert (folder / "records.jsonl").read_bytes() == before and (folder / "report.html").is_file()
 
 
+def test_a_question_that_changed_since_it_was_answered_is_refused(tiny_run, needle_videos, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    row = {"id": "a", "video": xcomp.load_benchmark("needle", **needle_videos).questions()[0].video}
+    row |= {"question": "Which colour?", "options": ["red", "blue"], "answer": "red"}
+    file.write_text(json.dumps(row) + "\n")
+    benchmark = {"name": "questions", "file": str(file), "videos": str(tmp_path)}
+    config = parse_config({**tiny_run, "benchmark": benchmark}, "x")
+    before = (compare(config) / "records.jsonl").read_bytes()
+    for change in ({"answer": "blue"}, {"question": "Which shape?"}, {"options": ["red", "green"]}):
+        file.write_text(json.dumps(row | change) + "\n")
+        with pytest.raises(ConfigError, match="question 'a' is not the one that run folder .* has an answer to"):
+            compare(config)
+    file.write_text(json.dumps(row) + "\n")
+    assert (compare(config) / "records.jsonl").read_bytes() == before
+
+
 def test_a_line_that_is_not_json_is_named(tmp_path):
     line = json.dumps({"arm": "a", "question_id": "q", "video": "v", "correct": True, "error": None})
     for wrong, what in (("nonsense", "is not JSON"), ('{"arm": "b"}', "is no record"), ("[]", "is no record")):

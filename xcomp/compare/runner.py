@@ -162,6 +162,21 @@ class Comparison:
         }
         if missing and rank_zero_only.rank == 0:
             print(f"{len(missing)} of {len(videos)} videos are missing: {left_out} questions are left out", flush=True)
+        self._check_answered()
+
+    def _check_answered(self) -> None:
+        """ConfigError if a question that has an answer in the run folder has changed since."""
+        asked = {question.id: question for question in self.questions}
+        for line in read_records(self.config.folder):
+            question = asked.get(line["question_id"])
+            if question is None or line.get("error") or "options" not in line:
+                continue
+            now = question.question, list(question.options), question.answer, list(question.references)
+            if now != (line["question"], line["options"], line["answer"], line["references"]):
+                raise ConfigError(
+                    f"question '{question.id}' is not the one that run folder '{self.config.folder}' has an answer to: "
+                    "its text, options or right answer changed; choose another 'name', or delete the folder"
+                )
 
     # --- models -----------------------------------------------------------------------------------------------------
 
