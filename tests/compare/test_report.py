@@ -3,13 +3,14 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from made_runs import ARMS, analysed, make_run, write_run
 
 from xcomp.compare import plots
 from xcomp.compare.report import write_report
 
-PLOTS = {"accuracy.png", "tokens_per_layer.png", "selected_frames.png"}
+PLOTS = {"accuracy.png", "cost.png", "tokens_per_layer.png", "selected_frames.png"}
 FILES = {"summary.json", "table.csv", "table.md", "table.tex", "report.html"}
 
 
@@ -44,7 +45,7 @@ def test_one_arm_one_budget_no_scores_no_events(tmp_path):
     for record in records:
         record |= {"events": [], "category": "", "scores": None}
     report(write_run(tmp_path, run, records))
-    assert written(tmp_path) == PLOTS | FILES
+    assert written(tmp_path) == PLOTS - {"cost.png"} | FILES  # one point is no picture
 
 
 def test_errors_are_wrong_answers_and_counted(tmp_path):
@@ -118,6 +119,22 @@ def test_accuracy_plot_has_a_line_a_method():
     assert [list(line.lines[0].get_ydata()) for line in axes.containers] == [[40, 40], [60, 60], [80, 80]]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["4", "8"]
     assert "accuracy (%)" in axes.get_ylabel()
+
+
+@pytest.mark.parametrize("spread, scale", [(2, "linear"), (20, "log")])
+def test_cost_plot_has_a_point_an_arm_where_its_cost_is(spread, scale):
+    run, records = make_run()
+    for record in records:
+        more = spread if record["num_frames"] == 8 else 1
+        record["macs"] = {stage: 3e9 * more for stage in record["macs"]}
+    summary = analysed(run, records).summary
+    figure = plots.cost_plot(summary)
+    assert legend(figure) == ["uniform and none", "uniform and lp_comp", "qc_comp and lp_comp"]
+    (axes,) = figure.axes
+    costs = sorted({arm.total_macs / 1e9 for arm in summary.arms})
+    for line in axes.containers:
+        assert np.allclose(line.lines[0].get_xdata(), costs, rtol=0.02)
+    assert axes.get_xscale() == scale and "GMACs" in axes.get_xlabel()
 
 
 def test_accuracies_have_round_ticks_evenly_spaced():

@@ -1,4 +1,4 @@
-"""Three pictures of a run as PNG files, for papers and READMEs.
+"""Four pictures of a run as PNG files, for papers and READMEs.
 
 Drawn without pyplot, so that nothing global is touched and no display is needed.
 
@@ -18,9 +18,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
 from xcomp.compare.analysis import ArmSummary, Summary
+from xcomp.compare.tables import macs_unit
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -60,6 +61,39 @@ def accuracy_plot(summary: Summary) -> Figure:
     axes.set_xticks(budgets, [f"{budget:,.6g}" for budget in budgets])
     axes.minorticks_off()
     axes.set_xlabel("frames shown to the model")
+    _percent_axis(axes, "y")
+    _legend(figure, axes, len(lines))
+    return figure
+
+
+def cost_plot(summary: Summary) -> Figure | None:
+    """Accuracy against all multiply-accumulates of a question, choosing frames included; a line a method.
+
+    None where fewer than two arms say what they take.
+    """
+    lines = {
+        label: [(a.total_macs, a) for _, a in points if a.total_macs] for label, points in _lines(summary.arms).items()
+    }
+    lines = {label: sorted(points, key=lambda point: point[0]) for label, points in lines.items() if points}
+    costs = [cost for points in lines.values() for cost, _ in points]
+    if len(costs) < 2:
+        return None
+    unit, scale = macs_unit(summary.arms)
+    figure, axes = _figure(height=4.4)
+    wide = max(costs) > 5 * min(costs)
+    for index, (label, points) in enumerate(lines.items()):
+        # Lines stand a little apart (together at most a fortieth), so that error bars do not hide each other.
+        shift = 1.025 ** ((index + 0.5) / len(lines) - 0.5)
+        x, arms = [cost / scale * shift for cost, _ in points], [arm for _, arm in points]
+        axes.errorbar(x, *_bars(arms), label=_plain(label), **_style(index), capsize=3, elinewidth=1.2)
+    if wide:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.minorticks_off()
+    else:
+        axes.set_xlim(0, 1.05 * max(costs) / scale)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set_xlabel(f"{unit} a question: vision, choosing frames and language model")
     _percent_axis(axes, "y")
     _legend(figure, axes, len(lines))
     return figure

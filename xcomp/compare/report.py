@@ -55,7 +55,7 @@ def write_files(analysis: Analysis, folder: Path) -> Path:
         "report.html": render_page(summary, analysis.records).encode(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("accuracy.png", "tokens_per_layer.png", "selected_frames.png", "results.json"):
+    for name in ("accuracy.png", "cost.png", "tokens_per_layer.png", "selected_frames.png", "results.json"):
         if name not in content:
             (folder / name).unlink(missing_ok=True)  # of an earlier report
     for name, data in content.items():
@@ -67,6 +67,7 @@ def _figures(analysis: Analysis) -> dict[str, Figure | None]:
     summary = analysis.summary
     return {
         "accuracy": plots.accuracy_plot(summary),
+        "cost": plots.cost_plot(summary),
         "tokens_per_layer": plots.tokens_plot(summary),
         "selected_frames": plots.selection_plot(plots.selection_example(analysis.records, summary)),
     }

@@ -19,9 +19,6 @@ from rich.text import Text
 from xcomp.compare.analysis import BUDGETS, TOLERANCE, ArmSummary, Difference, Summary
 from xcomp.compare.statistics import Accuracy
 
-MAX_LABELS = 12  # of an axis in a terminal
-_LABELS_A_TABLE = 5
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -37,18 +34,14 @@ class Grid:
 
 
 def grids(summary: Summary, *, brief: bool = False) -> list[Grid]:
-    """All tables of a summary, those without content left out; ``brief``: as a terminal has room for."""
-    found = [
-        results(summary, brief=brief),
-        tokens(summary) if brief else None,
-        differences(summary, brief=brief),
-        seeds(summary),
-        group_differences(summary, brief=brief),
-        *stages(summary, brief=brief),
-        budgets(summary),
-        *(labels(summary, axis) for axis in summary.axes if not (brief and _num_labels(summary, axis) > MAX_LABELS)),
-        others(summary),
-    ]
+    """All tables of a summary, those without content left out; ``brief``: those that a terminal is given."""
+    found = [results(summary, brief=brief), differences(summary, brief=brief), seeds(summary)]
+    found += [group_differences(summary, brief=brief), *stages(summary, brief=brief)]
+    if not brief or summary.equal_budget is not None:
+        found.append(budgets(summary))
+    if not brief:
+        found += [labels(summary, axis) for axis in summary.axes]
+    found.append(others(summary))
     return [replace(grid, notes=[*grid.notes, *summary.cautions]) for grid in found if grid is not None]
 
 
@@ -64,30 +57,13 @@ def results(summary: Summary, *, brief: bool = False) -> Grid:
     for arm in arms:
         row = [arm.name, number(arm.frames), percent_with_interval(arm.accuracy)]
         row += [percent(arm.accuracy_asked)] if failed else []
-        row += [number(arm.kv_tokens)] if brief else _token_cells(arm)
+        given = [] if brief else [number(n) for n in (arm.tokens_given, arm.tokens_in, arm.tokens_out)]
+        row += [*given, number(arm.kv_tokens)]
         row.append(significant(arm.total_macs, scale))
         if summary.seconds_comparable:
             row.append(f"{significant(arm.total_seconds)} ({significant(arm.total_seconds_amortised)})")
         rows.append(row)
     return Grid("Results", columns, rows, [_meaning(summary), *summary.remarks])
-
-
-def tokens(summary: Summary) -> Grid | None:
-    """Visual tokens from the vision path to the cache."""
-    if all(arm.tokens_in is None for arm in summary.arms):
-        return None
-    rows = [[arm.name, *_token_cells(arm)] for arm in summary.arms]
-    return Grid("Visual tokens", ["arm", "given", "in", "last layer", "KV mean"], rows, [_TOKENS])
-
-
-_TOKENS = (
-    "Visual tokens, mean a question: given by the vision path, entering the language model, left in its last layer, "
-    "and in the key-value cache (mean over layers)."
-)
-
-
-def _token_cells(arm: ArmSummary) -> list[str]:
-    return [number(value) for value in (arm.tokens_given, arm.tokens_in, arm.tokens_out, arm.kv_tokens)]
 
 
 def _meaning(summary: Summary) -> str:
@@ -232,10 +208,6 @@ def _label_cell(share: Accuracy | None, counts: Sequence[int]) -> str:
     return "–" if share is None else percent(share) + ("" if same else f" ({share.n:,})")
 
 
-def _num_labels(summary: Summary, axis: str) -> int:
-    return len({label for arm in summary.arms for label in arm.labels.get(axis, ())})
-
-
 def others(summary: Summary) -> Grid | None:
     """The benchmark's own metrics, events shown, and published numbers beside ours, of other models too."""
     official = list(dict.fromkeys(key for arm in summary.arms for key in arm.official or {}))
@@ -350,29 +322,16 @@ def _times(value: float | None, factor: float) -> float | None:
 def print_summary(summary: Summary, console: Console) -> None:
     """Tables for a terminal, the verdict behind the first; at most 80 columns where the arms' names allow."""
     for grid in grids(summary, brief=True):
-        for part in _narrow(grid):
-            console.print(_rich(part))
+        console.print(_rich(grid))
         for note in grid.notes:
             console.print(Text(note))
         console.print()
         if grid.title == "Results":
             console.print(Text(summary.verdict, style="bold"))
             console.print()
-    wide = [axis.replace("_", " ") for axis in summary.axes if _num_labels(summary, axis) > MAX_LABELS]
-    if wide:
-        console.print(Text(f"By {', '.join(wide)}: in table.md and the report."))
-
-
-def _narrow(grid: Grid) -> list[Grid]:
-    """A grid by labels in parts of a few columns."""
-    if not grid.title.startswith("By ") or len(grid.columns) <= _LABELS_A_TABLE + 1:
-        return [grid]
-    parts = []
-    for start in range(1, len(grid.columns), _LABELS_A_TABLE):
-        stop = start + _LABELS_A_TABLE
-        rows = [[row[0], *row[start:stop]] for row in grid.rows]
-        parts.append(Grid(grid.title, [grid.columns[0], *grid.columns[start:stop]], rows))
-    return parts
+    if summary.axes:
+        axes = ", ".join(axis.replace("_", " ") for axis in summary.axes)
+        console.print(Text(f"By {axes}, and by budget: in table.md and the report."))
 
 
 def _rich(grid: Grid) -> Table:

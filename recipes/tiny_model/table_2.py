@@ -1,0 +1,39 @@
+"""Table 2 of the paper in small: tunes every arm of configs/tiny_model/table_2.yaml that names a seed, then compares.
+
+    python recipes/tiny_model/table_2.py                 # all arms, all seeds
+    python recipes/tiny_model/table_2.py tune.steps=600  # any key of the config can be overridden
+
+An arm's model is tuned on the arm's compressor from the run's backbone, into the folder that the arm's checkpoint
+names. What is tuned already is not tuned again, and what was stopped goes on.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from xcomp.compare.arms import resolve_arms
+from xcomp.compare.runner import compare
+from xcomp.config import Curriculum, Distillation, load_config
+from xcomp.tuning import tune
+
+# What an arm's tuning has beside its compressor, by a word of its name.
+MORE = {"curriculum": {"curriculum": Curriculum()}, "distillation": {"distillation": Distillation()}}
+
+
+def main() -> None:
+    config = load_config("tiny_model/table_2", sys.argv[1:])
+    arms = [arm for arm in resolve_arms(config) if arm.seed is not None]
+    for seed in sorted({arm.seed for arm in arms}):  # so that a run that is cut short has whole seeds
+        for arm in arms:
+            if arm.seed == seed:
+                model = Path(arm.backbone["checkpoint"])
+                more = next((more for word, more in MORE.items() if word in arm.name), {})
+                own = {"compressor": arm.compressor, "seed": seed, "arms": [], "reference": None}
+                own |= {"output": str(model.parent.parent), "name": model.parent.name}
+                tune(replace(config, **own, tune=replace(config.tune, **more)))
+                print(f"{arm.name}: {model}", flush=True)
+    compare(config)
+
+
+if __name__ == "__main__":
+    main()
