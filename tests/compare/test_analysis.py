@@ -126,7 +126,7 @@ def test_what_a_run_lacks_is_said():
     facts = {"missing": ["/videos/a.mp4", "/videos/b.mp4"], "defects": {"no right option": 3, "none": 0}}
     run["benchmark"] = {"name": "no_such_benchmark", "num_questions": 12, "num_videos": 7, **facts}
     summary = analysed(run, records).summary
-    assert summary.cautions[0] == "2 of 7 videos are missing, their questions not asked: a.mp4, b.mp4."
+    assert summary.cautions[0] == "2 of 9 videos are missing, their questions not asked: a.mp4, b.mp4."
     assert summary.cautions[1] == "Defects of the benchmark's questions: no right option 3."
     assert "official metrics of benchmark 'no_such_benchmark' are left out" in summary.remarks[0]
     assert summary.remarks[1].startswith("Not all 12 questions are answered yet (uniform+none@4: 10, ")
@@ -179,9 +179,11 @@ def test_all_pairs_are_adjusted_together():
             lambda r: r[0].update(question_id="own"),
             "different questions: 1 that 'a' was not asked and 1 that 'b' was not asked, 'own' for one",
         ),
-        (lambda r: [x.update(question_id=x["question_id"] + "x") for x in r], "they have no question in common"),
+        (lambda r: [x.update(question_id=x["question_id"] + "x") for x in r], "they have no question in common (by 'id')"),
         (lambda r: r[3].update(answer=0), "different right answers of 1 questions, 'v1-q1' for one"),
         (lambda r: [x.update(prompt_sha="0") for x in r], "different prompts of 10 questions, 'v0-q0' for one"),
+        (lambda r: [x.update(video="other.mp4") for x in r], "different videos of 10 questions, 'v0-q0' for one"),
+        (lambda r: [x.update(span=[5, 8]) for x in r], "different spans of 10 questions, 'v0-q0' for one"),
     ],
 )
 def test_arms_that_were_asked_something_else_are_refused_by_name(change, reason):

@@ -38,7 +38,7 @@ def test_a_terminal_of_80_columns_shows_tables_verdict_and_differences():
         assert expected.replace("\u00a0", " ") in words.replace("\u00a0", " "), expected
     assert summary.verdict in words
     assert not re.search(r"…", text)  # no number is cut off
-    missing = "1 of 6 videos are missing, their questions not asked: gone.mp4."
+    missing = "1 of 7 videos are missing, their questions not asked: gone.mp4."
     assert words.count(missing) == words.count("Defects of the benchmark's questions: no text 2.")
     assert words.count(missing) == len(tables.grids(summary, brief=True))  # under every table
 

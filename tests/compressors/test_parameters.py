@@ -154,7 +154,8 @@ def test_another_compressors_file_is_refused_in_one_line(name, model, tiny_run, 
     content = {**asked_with(tiny_run, model, name), "plugins": plugins}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     assert main(["evaluate", str(tmp_path / "run.yaml")]) == 2
-    (line,) = capfd.readouterr().err.splitlines()
+    told, line = capfd.readouterr().err.splitlines()
+    assert f"was tuned with gate, not so: {name}" in told
     assert f"{FILE}' holds parameters of compressor 'gate', not of '{name}'; tune one of its own" in line
 
 

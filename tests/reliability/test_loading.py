@@ -532,9 +532,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", ["evaluate", "tune"])
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_configuration_that_cannot_be_is_one_line_and_writes_nothing(case, name, command, tmp_path):
+def test_a_configuration_that_cannot_be_is_one_line_and_writes_nothing(
+    case, name, command, tmp_path, tmp_path_factory
+):
     overrides, text, message = REFUSED[case]
-    more = ["tune.data=[{records: none.json}]"] if name == "tune" else []
+    data = tmp_path_factory.mktemp("data") / "text.json"
+    data.write_text('[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]')
+    more = [f"tune.data=[{{records: {data}}}]"] if name == "tune" else []
     status, out, err = command(name, *overrides, *more, text=text)
     assert (status, out) == (2, "") and message in err, err
     assert err.startswith("xcomp: error: ") and err.count("\n") == 1 and len(err) < 1200

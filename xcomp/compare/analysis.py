@@ -623,13 +623,19 @@ class _Analyser:
         only = [[q for q in x if q not in y] for x, y in ((first, second), (second, first))]
         if any(only):
             if len(only[0]) == len(first):
-                return "they have no question in common"
+                return "they have no question in common (by 'id')"
             if any(f.num_questions and len(x) < f.num_questions for f, x in zip(runs, (first, second))):
                 return "not all of their questions are answered yet"
             told = [f"{len(q):,} that '{n}' was not asked" for q, n in zip(only, (b, a)) if q]
             return f"different questions: {' and '.join(told)}, '{(only[0] or only[1])[0]}' for one"
-        for key, what in (("answer", "right answers"), ("references", "right answers"), ("prompt_sha", "prompts")):
-            wrong = [q for q in first if _differ(first[q].get(key), second[q].get(key))]
+        for key, what in (
+            ("answer", "right answers"),
+            ("references", "right answers"),
+            ("prompt_sha", "prompts"),
+            ("video", "videos"),
+            ("span", "spans"),
+        ):
+            wrong = [q for q in first if _differ(key, first[q], second[q])]
             if wrong:
                 return f"different {what} of {len(wrong):,} questions, '{wrong[0]}' for one"
         return None
@@ -733,7 +739,8 @@ class _Analyser:
         return Hard(arm, len(wrong), "named" if named else "by its description")
 
     def _down_sampling(self) -> str | None:
-        """The arm with the fewest tokens whose selector and compressor look at nothing: None without one."""
+        """The arm with the fewest tokens whose selector and compressor look at nothing; None where none has fewer
+        tokens than another arm is given."""
         plain = [
             arm
             for arm in self.arms.values()
@@ -742,7 +749,10 @@ class _Analyser:
             and self._is_plain("compressor", arm)
             and arm.accuracy_asked is not None
         ]
-        return min(plain, key=lambda arm: (arm.tokens_in, arm.frames)).name if plain else None
+        if not plain:
+            return None
+        least = min(plain, key=lambda arm: (arm.tokens_in, arm.frames))
+        return least.name if any((arm.tokens_given or 0) > least.tokens_in for arm in self.arms.values()) else None
 
     def _is_plain(self, kind: str, arm: ArmSummary) -> bool:
         """Whether the plugin that the arm names says of itself that it is plain down-sampling."""
@@ -798,7 +808,8 @@ class _Analyser:
         for name, facts in self.facts.items():
             of = self._of(name)
             if facts.missing:
-                total = f" of {n}" if (n := facts.benchmark.get("num_videos")) else ""
+                there = facts.benchmark.get("num_videos")
+                total = "" if there is None else f" of {there + len(facts.missing)}"
                 self.cautions.append(
                     f"{of}{len(facts.missing)}{total} videos are missing, their questions not asked: "
                     f"{_list(Path(path).name for path in facts.missing)}."
@@ -842,9 +853,13 @@ def _adjusted(differences: Sequence[Difference]) -> list[Difference]:
     ]
 
 
-def _differ(a: Any, b: Any) -> bool:
-    """Whether two records say different things; a list that is empty, or nothing, says nothing."""
-    return a not in (None, []) and b not in (None, []) and a != b
+def _differ(key: str, a: Record, b: Record) -> bool:
+    """Whether two records say different things of a question; one that says nothing does not."""
+    if key == "video":  # its folders differ from machine to machine
+        return Path(a[key]).name != Path(b[key]).name
+    if key == "span":  # none is the whole video
+        return a.get(key) != b.get(key)
+    return a.get(key) not in (None, []) and b.get(key) not in (None, []) and a[key] != b[key]
 
 
 def _component_name(node: Any) -> str | None:

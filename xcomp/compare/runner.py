@@ -171,11 +171,14 @@ class Comparison:
             question = asked.get(line["question_id"])
             if question is None or line.get("error") or "options" not in line:
                 continue
-            now = question.question, list(question.options), question.answer, list(question.references)
-            if now != (line["question"], line["options"], line["answer"], line["references"]):
+            now = {name: getattr(question, name) for name in ("question", "answer", "video")}
+            now |= {name: list(getattr(question, name)) for name in ("options", "references")}
+            now["span"] = question.span and list(question.span)
+            changed = [name for name, value in now.items() if line.get(name) != value]
+            if changed:
                 raise ConfigError(
                     f"question '{question.id}' is not the one that run folder '{self.config.folder}' has an answer to: "
-                    "its text, options or right answer changed; choose another 'name', or delete the folder"
+                    f"other {', '.join(changed)}; choose another 'name', or delete the folder"
                 )
 
     # --- models -----------------------------------------------------------------------------------------------------
