@@ -179,7 +179,10 @@ def test_all_pairs_are_adjusted_together():
             lambda r: r[0].update(question_id="own"),
             "different questions: 1 that 'a' was not asked and 1 that 'b' was not asked, 'own' for one",
         ),
-        (lambda r: [x.update(question_id=x["question_id"] + "x") for x in r], "they have no question in common (by 'id')"),
+        (
+            lambda r: [x.update(question_id=x["question_id"] + "x") for x in r],
+            "they have no question in common (by 'id')",
+        ),
         (lambda r: r[3].update(answer=0), "different right answers of 1 questions, 'v1-q1' for one"),
         (lambda r: [x.update(prompt_sha="0") for x in r], "different prompts of 10 questions, 'v0-q0' for one"),
         (lambda r: [x.update(video="other.mp4") for x in r], "different videos of 10 questions, 'v0-q0' for one"),

@@ -70,7 +70,7 @@ def test_refused_pairs_are_named_with_the_reason():
     for record in records[-10:]:
         record["question_id"] += "-other"
     text = tables.markdown(analysed(run, records).summary)
-    assert "Not compared with uniform+none@4: qc_comp+lp_comp@4 (they have no question in common)." in text
+    assert "Not compared with uniform+none@4: qc_comp+lp_comp@4 (they have no question in common (by 'id'))." in text
 
 
 def test_published_official_and_hard_numbers_stand_beside_ours():

@@ -532,9 +532,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", ["evaluate", "tune"])
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_configuration_that_cannot_be_is_one_line_and_writes_nothing(
-    case, name, command, tmp_path, tmp_path_factory
-):
+def test_a_configuration_that_cannot_be_is_one_line_and_writes_nothing(case, name, command, tmp_path, tmp_path_factory):
     overrides, text, message = REFUSED[case]
     data = tmp_path_factory.mktemp("data") / "text.json"
     data.write_text('[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]')
