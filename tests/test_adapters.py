@@ -128,6 +128,17 @@ def test_a_model_of_adapters_may_be_tuned_further(make):
     )
 
 
+def test_adapters_on_adapters_are_read_to_the_ground(make):
+    first = run(make("first", lora={"rank": 2}, steps=2))
+    ground = {"backbone": {"name": "videochat_flash", "checkpoint": str(first)}}
+    further = make("second", ground, lora={"rank": 2}, steps=3)
+    further["tune"]["learning_rate"] = 0.01
+    second = run(further)
+    own, base = dict(backbone_of(second).named_parameters()), dict(backbone_of(first).named_parameters())
+    changed = {name for name in own if not torch.equal(own[name], base[name])}
+    assert changed and all("language_model" in name for name in changed)
+
+
 @pytest.mark.parametrize(
     "lora, tune, line",
     [

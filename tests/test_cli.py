@@ -202,6 +202,20 @@ def test_ask_says_where_no_option_fits(run_cli, place, video):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--options", "a", "b", "What?"], "no question; put one behind the video, before --options"),
+        (["What?", "--explain", "/no/such/folder/x.html"], "--explain /no/such/folder/x.html: there is no such folder"),
+    ],
+)
+def test_ask_says_what_is_missing_before_a_model_is_loaded(video, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr("xcomp.model.VideoQA.from_config", None)
+    assert main(["ask", str(video), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_ask_says_that_the_shipped_model_is_a_toy(video, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("What?\n\n"))
     assert main(["ask", video, "frames=8", "--json", "--options", "cross", "ring"]) == 0

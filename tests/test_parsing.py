@@ -50,6 +50,9 @@ def read(text, options):
         ('"B"', "B"), ("Ｂ", "B"), ("（B）", "B"), ("B:", "B"), ("- B", "B"), ("# B", "B"), ("> B", "B"), ("$B$", "B"),
         ("F", None), ("Z.", None), ("?", None), ("   ", None), ("...", None), ("BB", None), ("AB", None), ("4", None),
         ("a", "A"), ("A", "A"), ("(a)", "A"), ("e", "E"), ("🅱", None), ("B 🙂", "B"),
+        # on a line of its own, behind others
+        ("The clip shows the kitchen\nB", "B"), ("Answer\nB", "B"), ("Thinking about it\nB.", "B"),
+        ("Step 1: look\nStep 2: decide\nB", "B"),
         # after words that say it
         ("The answer is b", "B"), ("the correct answer is (B).", "B"), ("Answer: B", "B"), ("**Answer:** B", "B"),
         ("Answer: **B**", "B"), ("ANSWER = B", "B"), ("The answer is: B) red", "B"), ("My answer would be B", "B"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xcomp.config import ConfigError, RunConfig
 from xcomp.messages import nearest
-from xcomp.shipped import built_in
+from xcomp.shipped import is_toy
 
 if TYPE_CHECKING:
     from xcomp.answering import Answer
@@ -55,7 +55,7 @@ def toy(config: RunConfig) -> str | None:
     """The name of the shipped checkpoint that a configuration asks, if it asks one."""
     node = config.backbone
     checkpoint = node.get("checkpoint") if isinstance(node, Mapping) else None
-    return checkpoint if checkpoint in built_in("checkpoints", "*") else None
+    return checkpoint if is_toy(checkpoint) else None
 
 
 def as_json(

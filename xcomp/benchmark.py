@@ -42,12 +42,14 @@ class Benchmark:
 
     ``max_new_tokens`` bounds how long an answer may get where the run's ``generation`` does not. ``axes`` are the axes
     of questions' ``labels`` in the order in which a report shows them; those not named come after them. ``defects``
-    are set by ``questions``: what is wrong with how many entries of the benchmark's own files.
+    are set by ``questions``: what is wrong with how many entries of the benchmark's own files. ``generated``: the
+    videos are drawn, as those that the shipped checkpoints were trained on; of others these know nothing.
     """
 
     Config: type
     max_new_tokens: int = 16
     axes: tuple[str, ...] = ()
+    generated: bool = False
 
     def __init__(self, config: Any):
         self.config = config

@@ -14,6 +14,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import xcomp
@@ -209,11 +210,10 @@ def _tune(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> int | None:
     config = _load(options)
     if options.dry_run:
-        from dataclasses import replace
-
+        from xcomp.compare.arms import single
         from xcomp.compare.forecast import dry_run
 
-        return int(not dry_run(replace(config, arms=[])))
+        return int(not dry_run(single(config)))
     from xcomp.compare.runner import evaluate
 
     return _whether_all_asked(evaluate(config))
@@ -227,6 +227,12 @@ def _ask(options: argparse.Namespace) -> None:
     check_options(options.options)
     config = _load(options)
     span = _span(options, config.sampling.reader)  # before a large model is loaded for nothing
+    if options.explain is not None and not os.path.isdir(os.path.dirname(options.explain) or "."):
+        raise ValueError(f"--explain {printable(options.explain)}: there is no such folder")
+    questions = _questions(asked)
+    first = next(questions, None)
+    if first is None:
+        raise ValueError("no question; put one behind the video, before --options, or give it by --question")
     from xcomp.model import VideoQA
     from xcomp.recorded import resolved_compressor, tell_others
 
@@ -237,7 +243,7 @@ def _ask(options: argparse.Namespace) -> None:
     if name := toy(config):
         say(f"'{name}' is a toy, trained on generated videos: of a real one its answers mean nothing; see --config")
     with model.open(options.video, span) as video:
-        for question in _questions(asked):
+        for question in chain([first], questions):
             try:
                 answer = _answer(model, video, question, options.options, stream=not options.json)
             except ValueError as error:

@@ -173,7 +173,7 @@ def _letters(text: str, place: int, num_options: int) -> list[_Mention]:
 def _is_letter(text: str, place: int) -> bool:
     """Whether a bare letter is neither part of a word nor an article or pronoun."""
     before, letter, behind = text[:place][-2:], text[place], text[place + 1 :]
-    if re.search(r"[A-Za-z0-9_À-ɏ'’-]$|\w\.$", before) or re.match(r"[A-Za-z0-9_À-ɏ'’]|[-.][A-Za-z0-9]\W?", behind):
+    if re.search(r"[A-Za-z0-9_À-ɏ'’-]\Z|\w\.\Z", before) or re.match(r"[A-Za-z0-9_À-ɏ'’]|[-.][A-Za-z0-9]\W?", behind):
         return False
     word = re.match(r"[ \t]+([^\W\d_]+)", behind)
     if not word or (letter.isupper() and letter not in "AI"):

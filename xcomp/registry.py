@@ -342,9 +342,13 @@ def _budget(kind: str, plugin_class: type, options: Mapping[str, Any], what: str
 
 def build(kind: str, name: str, options: Mapping[str, Any] | None = None, folders: Iterable[str | Path] = ()) -> Any:
     """Import the plugin, check its options, make it."""
-    base = None
-    if kind == "backbone" and options and (base := _base(checkpoint := options.get("checkpoint"))) is not None:
-        options = {**options, "checkpoint": base}
+    adapters: list[Any] = []  # folders, each tuned on the one behind it
+    if kind == "backbone" and options:
+        checkpoint = options.get("checkpoint")
+        while checkpoint not in adapters and (base := _base(checkpoint)) is not None:
+            adapters.append(checkpoint)
+            checkpoint = base
+        options = {**options, "checkpoint": checkpoint} if adapters else options
     plugin_class, config = configure(kind, name, options, folders)
     try:
         inspect.signature(plugin_class).bind(config)
@@ -353,8 +357,8 @@ def build(kind: str, name: str, options: Mapping[str, Any] | None = None, folder
         raise PluginError(f"{kind} '{name}' breaks its contract: {clause}") from error
     made = plugin_class(config)
     made.plugin_name = name  # by which a run speaks of it, should it break its contract
-    if base is not None:
-        _adapt(made, checkpoint)
+    for folder in reversed(adapters):
+        _adapt(made, folder)
     if kind == "selector":
         made.set_up(list(folders))
     if kind == "compressor":

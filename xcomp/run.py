@@ -160,7 +160,7 @@ def open_run(config: RunConfig, command: str, **extra: Any) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(description, indent=1))
     else:
-        changing = {key: description[key] for key in ("config", "benchmark") if key in description}
+        changing = {key: description[key] for key in ("config", "arms", "benchmark") if key in description}
         note_run(folder, **changing)  # with what may change
     return folder
 
@@ -219,6 +219,8 @@ def _check_same(path: Path, command: str, config: dict[str, Any]) -> None:
 def _is_free(key: str, command: str) -> bool:
     if NOTES.match(key):
         return True
+    if key == "trainer.precision":  # which answers depend on
+        return False
     free = ("output", *FREE_KEYS.get(command, ()))
     if command in ("compare", "evaluate") and key.rpartition(".")[2] in FREE_OPTIONS:
         return True

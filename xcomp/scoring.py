@@ -7,10 +7,11 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from xcomp.answering import Answer, Query
 from xcomp.benchmark import Benchmark, Question
-from xcomp.contract import check_continuations, check_metrics, check_prediction, check_questions, name_of
+from xcomp.contract import ContractError, check_continuations, check_metrics, check_prediction, check_questions, name_of
 from xcomp.messages import printable
 
 SHOWN = 10  # of a list of missing videos
@@ -83,13 +84,22 @@ def judge(benchmark: Benchmark, question: Question, text: str) -> Verdict:
     """
     who = name_of("benchmark", benchmark)
     if not question.options:
-        found = benchmark.score(text, question)
+        found = _asked_of(benchmark, "score", question, text)
         check_metrics(who, found)
         metrics = {name: float(value) for name, value in found.items()}
         return Verdict(None, next(iter(metrics.values())), metrics)
-    prediction = benchmark.parse(text, question)
+    prediction = _asked_of(benchmark, "parse", question, text)
     check_prediction(who, prediction, question)
     return _chosen(question, prediction)
+
+
+def _asked_of(benchmark: Benchmark, method: str, question: Question, text: str) -> Any:
+    try:
+        return getattr(benchmark, method)(text, question)
+    except Exception as error:
+        who, failed = name_of("benchmark", benchmark), " ".join(f"{type(error).__name__}: {error}".split())
+        asked = f"question '{question.id}', answer {printable(text)[:60]!r}"
+        raise ContractError(f"{who}: {method}() must not fail on an answer; {asked}: {failed}") from error
 
 
 def _chosen(question: Question, prediction: int | None) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import xcomp
 
@@ -14,3 +15,8 @@ def built_in(folder: str, pattern: str) -> dict[str, Path]:
         for path in sorted((Path(root) / folder).glob(pattern)):
             found[path.relative_to(Path(root) / folder).with_suffix("").as_posix()] = path
     return found
+
+
+def is_toy(checkpoint: Any) -> bool:
+    """Whether a checkpoint is one that ships: trained on generated videos alone, it knows nothing of real ones."""
+    return checkpoint in built_in("checkpoints", "*")

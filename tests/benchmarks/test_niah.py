@@ -91,6 +91,14 @@ def test_the_prompt_is_the_text_of_the_file(single, multi):
     assert [benchmark.parse(text, benchmark.questions()[0]) for text in ("B) two", "a", "C", "")] == [1, 0, None, None]
 
 
+def test_other_pictures_are_another_video(single):
+    before = load(single).questions()[0].video
+    for path in Path(single["images"]).rglob("*.jpg"):
+        Image.new("RGB", (90, 60), (0, 0, 255)).save(path)
+    after = load(single).questions()[0].video
+    assert after != before and "blue" in colours(after) and "blue" not in colours(before)
+
+
 def test_videos_are_written_once(single):
     benchmark = load(single)
     video = Path(benchmark.questions()[0].video)

@@ -359,3 +359,16 @@ def test_read_runs(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ConfigError, match="run.json is not JSON"):
         read_run(tmp_path)
+
+
+def test_a_toy_and_a_mix_of_questions_are_said():
+    run, records = make_run(budgets=(4,))
+    for number, record in enumerate(records):
+        record |= {"options": ["a", "b"]} if number % 2 else {"options": [], "metrics": {"f1": 0.5}, "score": 0.5}
+    run["arms"][0]["checkpoint"] = "tiny"
+    run["benchmark"] |= {"name": "questions"}
+    summary = analysed(run, records).summary
+    assert any(line.startswith("'tiny': trained on generated videos alone") for line in summary.cautions)
+    assert "Accuracy is the mean score of 5 choices and 5 open questions (of these by f1)." in summary.remarks
+    run["benchmark"] |= {"name": "needle"}
+    assert not any("tiny" in line for line in analysed(run, records).summary.cautions)

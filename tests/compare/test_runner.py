@@ -228,6 +228,41 @@ def test_seeds_make_an_arm_each_and_a_group(make):
 
 
 @pytest.mark.parametrize(
+    "arms",
+    [
+        [{"name": "lp", "seed": [0, 1]}, {"name": "lp", "compressor": "none"}],
+        [{"seed": [0, 1], "compressor": {"name": "lp_comp", "end": 2}}, {"seed": [2, 3], "compressor": "lp_comp"}],
+    ],
+)
+def test_seeds_and_other_arms_cannot_have_one_name(make, arms):
+    with pytest.raises(ConfigError, match="two arms are called '(lp|lp_comp . uniform)'"):
+        resolve_arms(make(arms=arms))
+
+
+def test_a_run_of_nothing_but_seeds_ends_in_a_report(make):
+    folder = compare(make(arms=[{"name": "drawn", "seed": [0, 1], "selector": "random", "frames": 4}]))
+    assert ", the mean of 2 seeds (" in json.loads((folder / "summary.json").read_text())["verdict"]
+
+
+def test_an_answer_that_cannot_be_judged_costs_no_other(tiny_run, needle_videos, tmp_path, capsys):
+    file = tmp_path / "mine.jsonl"
+    rows = [{"id": "open", "question": "How many?", "answer": "3"}]
+    rows += [{"id": "choice", "question": "Which?", "options": ["red", "blue"], "answer": "red"}]
+    video = xcomp.load_benchmark("needle", **needle_videos).questions()[0].video
+    file.write_text("".join(json.dumps({"video": video, **row}) + "\n" for row in rows))
+    (tmp_path / "m.py").write_text("def number(text, references):\n    return float(float(text) == 3)\n")
+    benchmark = {
+        "name": "questions",
+        "file": str(file),
+        "videos": str(tmp_path),
+        "metrics": [f"{tmp_path}/m.py:number"],
+    }
+    with pytest.raises(ValueError, match="score.. must not fail on an answer; question 'open', answer .*: ValueError"):
+        compare(parse_config({**tiny_run, "benchmark": benchmark}, "x"))
+    assert [r["question_id"] for r in read(tmp_path / "runs" / "tiny")] == ["choice"]
+
+
+@pytest.mark.parametrize(
     "arms, message",
     [
         ([{"seed": []}], r"arms\[0\]': seed is an empty list"),

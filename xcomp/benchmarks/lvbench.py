@@ -157,10 +157,11 @@ def _split(text: str) -> tuple[str, list[str]]:
 
 def _events(reference: str) -> tuple[tuple[tuple[float, float], ...], str | None]:
     """``MM:SS-MM:SS`` in seconds; otherwise nothing, and what is wrong."""
-    times = re.findall(r"(\d+):(\d\d)", reference)
-    if len(times) != 2:
+    times = re.fullmatch(r"\s*(\d+):(\d\d)\s*-\s*(\d+):(\d\d)\s*", reference)
+    if times is None:
         return (), NO_TIME
-    start, end = (60.0 * int(minutes) + int(seconds) for minutes, seconds in times)
+    numbers = [float(number) for number in times.groups()]
+    start, end = 60 * numbers[0] + numbers[1], 60 * numbers[2] + numbers[3]
     if start > end:
         return (), REVERSED_TIME
     return ((start, max(end, start + 1)),), None

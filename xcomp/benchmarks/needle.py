@@ -398,6 +398,8 @@ def _wrong(rng: np.random.Generator, pool: tuple[str, ...], right: str, wanted: 
 class Needle(Benchmark):
     """Short events in long videos; see the file's head."""
 
+    generated = True
+
     @dataclass(kw_only=True)
     class Config:
         """Options. The video files depend on all but ``num_videos`` and those on questions."""

@@ -132,13 +132,15 @@ class NIAH(Benchmark):
     ) -> tuple[str, tuple[tuple[float, float], ...]]:
         """The folder of a video: haystack before each image and behind the last; and when these are seen."""
         hay = iter(self._haystack(sum(stretches)))
+        pictures = [self._picture(image) for image in images]
         frames: list[Path] = []
         times = []
-        for image, stretch in zip(images, stretches):
+        for picture, stretch in zip(pictures, stretches):
             frames += islice(hay, stretch)
             times.append((float(len(frames)), float(len(frames) + CLIP)))
-            frames += [self._picture(image)] * CLIP
-        folder = self._folder / name
+            frames += [picture] * CLIP
+        shown = hashlib.sha256(" ".join(picture.name for picture in pictures).encode()).hexdigest()[:8]
+        folder = self._folder / f"{name}-{shown}"
         if not folder.is_dir():
             _link(folder, [*frames, *hay])
         return str(folder), tuple(times)
@@ -177,19 +179,20 @@ class NIAH(Benchmark):
             raise ValueError(f"{WHO}: haystack: {error}") from error
 
     def _picture(self, name: str) -> Path:
-        """A picture at the size of the haystack's frames."""
-        path = self._folder / "pictures" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.jpg"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with Image.open(self._folder / "haystack" / "frame_00000.jpg") as frame:
-                size = frame.size
-            try:
-                with Image.open(Path(self.config.images) / name) as image:
+        """A picture at the size of the haystack's frames, in a file named after its name, size and time."""
+        source = Path(self.config.images) / name
+        try:
+            about = source.stat()
+            said = f"{name} {about.st_size} {about.st_mtime_ns}"
+            path = self._folder / "pictures" / f"{hashlib.sha256(said.encode()).hexdigest()[:16]}.jpg"
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with Image.open(self._folder / "haystack" / "frame_00000.jpg") as frame:
+                    size = frame.size
+                with Image.open(source) as image:
                     _save(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), path)
-            except OSError as error:
-                raise ValueError(
-                    f"{WHO}: picture '{Path(self.config.images) / name}' cannot be read: {error}"
-                ) from error
+        except OSError as error:
+            raise ValueError(f"{WHO}: picture '{source}' cannot be read: {error}") from error
         return path
 
 

@@ -32,6 +32,7 @@ from xcomp.config import ConfigError
 from xcomp.messages import nearest
 from xcomp.registry import PluginError, load_class
 from xcomp.run import SCHEMA
+from xcomp.shipped import is_toy
 
 Record = Mapping[str, Any]
 SUMMARY_SCHEMA = 3
@@ -587,6 +588,10 @@ class _Analyser:
                 self.remarks += [remark] if remark not in self.remarks else []
                 return None
 
+        toys = {name for arm in self.runs[run_name].about.get("arms") or [] if is_toy(name := arm.get("checkpoint"))}
+        if toys and not found.generated:
+            told = _list(f"'{name}'" for name in sorted(toys))
+            self.cautions.append(f"{told}: trained on generated videos alone, of real ones its answers mean nothing.")
         return tuple(found.axes), official
 
     def _of(self, run_name: str) -> str:
@@ -674,11 +679,13 @@ class _Analyser:
         members: dict[tuple, list[ArmSummary]] = defaultdict(list)
         for arm in self.arms.values():
             if arm.seed is not None:
-                members[arm.group, str(arm.description.get("frames"))].append(arm)
-        names = Counter(group for group, _ in members)
+                members[arm.group, str(arm.description.get("frames")), arm.description.get("method")].append(arm)
+        names = Counter(group for group, *_ in members)
         groups = []
-        for (group, frames), arms in members.items():
+        for (group, frames, _), arms in members.items():
             name = group if names[group] == 1 else f"{group}, {frames} frames"
+            while name in self.arms or any(name == other.name for other in groups):
+                name += " (seeds)"
             seeds = [arm.seed for arm in arms]
             reasons = [r for a, b in combinations(arms, 2) if (r := self._why_not(b.name, a.name))]
             if len(arms) < 2 or len(set(seeds)) < len(seeds) or reasons:
@@ -687,6 +694,9 @@ class _Analyser:
                     self.remarks.append(f"The seeds of {name} are not taken together: {why}.")
                 continue
             order = sorted(self.questions[arms[0].name])
+            said = {tuple(str(self.questions[arm.name][q].get("text")) for q in order) for arm in arms}
+            if len(said) == 1:
+                self.remarks.append(f"All seeds of {name} gave the same answers: what they stand for changed nothing.")
             scores = np.array([[score(self.questions[arm.name][q]) for q in order] for arm in arms])
             videos = [str(self.questions[arms[0].name][q]["video"]) for q in order]
             deviation = float(np.std(scores.mean(axis=1), ddof=1))
@@ -818,6 +828,12 @@ class _Analyser:
                 told = ", ".join(f"{what} {count:,}" for what, count in facts.defects.items() if count)
                 self.cautions.append(f"{of}Defects of the benchmark's questions: {told}.")
             asked = [arm for arm in self.arms.values() if arm.run == name]
+            opened = [r for r in self.questions[asked[0].name].values() if not r.get("options") and r.get("metrics")]
+            if 0 < len(opened) < asked[0].num_questions:
+                self.remarks.append(
+                    f"{of}Accuracy is the mean score of {asked[0].num_questions - len(opened):,} choices and "
+                    f"{len(opened):,} open questions (of these by {next(iter(opened[0]['metrics']))})."
+                )
             behind = [a for a in asked if facts.num_questions and a.num_questions < facts.num_questions]
             if behind:
                 told = _list(f"{arm.name}: {arm.num_questions:,}" for arm in behind)
@@ -885,13 +901,17 @@ def _list(names: Iterable[str], most: int = 10) -> str:
 
 def verdict(summary: Summary) -> str:
     """The outcome in a sentence or two. Only what Holm's p tells apart is said to beat or fall behind."""
-    differences = summary.group_differences or summary.differences
+    differences = summary.group_differences if summary.groups else summary.differences
     base = next((group.name for group in summary.groups if summary.reference in group.arms), summary.reference)
     told = [d for d in differences if d.b == base]
     if len(summary.arms) == 1:
-        return _alone(summary.arms[0])
-    if not told:
+        return _scores(summary.arms[0].name, summary.arms[0].accuracy)
+    if not told and summary.refused:
         return f"No arm can be compared with {base}: {summary.refused[0].reason}."
+    if not told:  # nothing but one group of seeds
+        (group,) = (group for group in summary.groups if group.name == base)
+        over = f", the mean of {len(group.seeds)} seeds ({100 * group.deviation:.1f} points from seed to seed)"
+        return _scores(base, group.accuracy)[:-1] + f"{over}."
     unequal = [d for d in told if summary.equal_budget is not None and summary.equal_budget not in d.equal]
     told = [d for d in told if d not in unequal]
     better = sorted((d for d in told if d.told_apart and d.difference > 0), key=lambda d: -d.difference)
@@ -918,10 +938,9 @@ def verdict(summary: Summary) -> str:
     return "; ".join(parts) + "."
 
 
-def _alone(arm: ArmSummary) -> str:
-    share = arm.accuracy
+def _scores(name: str, share: Accuracy) -> str:
     interval = f"{100 * share.value:.1f} % ({100 * share.low:.1f}–{100 * share.high:.1f})"
-    return f"{arm.name} scores {interval} on {share.n:,} questions about {share.num_videos:,} videos."
+    return f"{name} scores {interval} on {share.n:,} questions about {share.num_videos:,} videos."
 
 
 def _points(difference: Difference) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -27,7 +30,8 @@ COMPUTING = ("device", "dtype", "attn_implementation")
 
 @dataclass(frozen=True)
 class ResolvedArm:
-    """One arm with nothing left to default. ``group`` is its name without the frame budget and the seed.
+    """One arm with nothing left to default. ``group`` is its name without the frame budget and the seed, ``method``
+    tells arms that differ in these alone from others.
 
     ``published`` is what a paper says of it; ``written`` holds its parts with interpolations as the file writes them.
     """
@@ -39,13 +43,16 @@ class ResolvedArm:
     selector: Any
     frames: int | None
     seed: int | None = None
+    method: str = ""
     published: dict[str, float] = field(default_factory=dict, compare=False)
     written: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def description(self) -> dict[str, Any]:
         """As run.json lists it."""
-        shown = {key: getattr(self, key) for key in ("name", "group", *PARTS, "frames", "seed")} | self.written
+        shown = {
+            key: getattr(self, key) for key in ("name", "group", "method", *PARTS, "frames", "seed")
+        } | self.written
         published = {"published": self.published} if self.published else {}
         return {**shown, "checkpoint": _options(shown["backbone"]).get("checkpoint"), **published}
 
@@ -55,6 +62,11 @@ class ResolvedArm:
         return replace(run, **parts, seed=run.seed if self.seed is None else self.seed, arms=[])
 
 
+def single(config: RunConfig) -> RunConfig:
+    """The run's own backbone, compressor and selector as the only arm, for ``xcomp evaluate``."""
+    return replace(config, arms=[], reference=None, hard=None)
+
+
 def resolve_arms(config: RunConfig) -> list[ResolvedArm]:
     """The arms of a run, checked: plugins exist, options fit, names differ. Without ``arms``, the run itself is one."""
     resolved, run, written = [], config.to_dict(), config.written()
@@ -62,7 +74,7 @@ def resolve_arms(config: RunConfig) -> list[ResolvedArm]:
         where = f"arms[{number}]"
         for seed in arm_seeds(own.get("seed"), where):
             resolved += _of_seed(config, run, written, own, own_written, seed, where)
-    _check_names([arm.name for arm in resolved])
+    _check_names(resolved)
     _check_report(config, resolved)
     return resolved
 
@@ -94,11 +106,12 @@ def _of_seed(
         for part in component_parts(kind, parts[kind])
     ]
     group = " + ".join(names) if own.get("name") is None else unfilled["name"]
+    method = hashlib.sha256(json.dumps([unfilled.get(kind) for kind in PARTS], sort_keys=True).encode()).hexdigest()
     name = group if own.get("name") is None else own["name"]
     several = isinstance(unfilled.get("seed"), (list, tuple)) and len(unfilled["seed"]) > 1
     behind = f", seed {seed}" if several and name == group else ""
     budgets = frame_budgets(config.frames if own.get("frames") is None else own["frames"], where)
-    told = {"seed": seed, "published": own.get("published") or {}, "written": parts_written}
+    told = {"seed": seed, "method": method[:12], "published": own.get("published") or {}, "written": parts_written}
     names = [f"{name}, {n} frames{behind}" if len(budgets) > 1 else name + behind for n in budgets]
     return [ResolvedArm(name, group, **parts, frames=n, **told) for name, n in zip(names, budgets)]
 
@@ -151,7 +164,10 @@ def _check_report(config: RunConfig, arms: Sequence[ResolvedArm]) -> None:
         check_equal(config.equal)
 
 
-def _check_names(names: list[str]) -> None:
+def _check_names(arms: Sequence[ResolvedArm]) -> None:
+    """ConfigError where two rows of a report would have one name: arms, and arms of several seeds taken together."""
+    groups = Counter((arm.group, arm.method) for arm in arms if arm.seed is not None)
+    names = [arm.name for arm in arms] + [group for (group, _), count in groups.items() if count > 1]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two arms are called '{name}'; give each a 'name' of its own")

@@ -455,10 +455,12 @@ def _print_time(
     done = {(r["arm"], r["question_id"]) for r in records if not r.get("error")}
     left = {a.name: [q for q in questions if q.video in here and (a.name, q.id) not in done] for a in arms}
     count = sum(map(len, left.values()))
-    console.print(f"{count} questions are open, {len(done)} answered", markup=False)
+    answered = sum((a.name, q.id) in done for a in arms for q in questions)
+    console.print(f"{count} questions are open, {answered} answered", markup=False)
     if not count:
         return
-    spent = [r for r in records if not r.get("error")]
+    own = {arm.name for arm in arms}
+    spent = [r for r in records if not r.get("error") and r["arm"] in own]
     if spent:
         by_arm = {a.name: [sum(r["seconds_amortised"].values()) for r in spent if r["arm"] == a.name] for a in arms}
         known = [s for values in by_arm.values() for s in values]

@@ -29,7 +29,7 @@ from xcomp.answering import Answer, Answerer, Query
 from xcomp.backbone import Backbone, check_device
 from xcomp.benchmark import Benchmark, Question
 from xcomp.compare.analysis import Analysis, Options
-from xcomp.compare.arms import ResolvedArm, resolve_arms
+from xcomp.compare.arms import ResolvedArm, resolve_arms, single
 from xcomp.compare.records import (
     RECORDS,
     Record,
@@ -44,7 +44,7 @@ from xcomp.compare.report import report_folder, write_report
 from xcomp.compare.tables import print_summary
 from xcomp.compare.tasks import VideoTask, share_out
 from xcomp.config import ConfigError, RunConfig, build_component, component_parts, split_component
-from xcomp.contract import check_methods
+from xcomp.contract import ContractError, check_methods
 from xcomp.decoding import DecodingPool
 from xcomp.inflight import PixelBudget, VideoInFlight
 from xcomp.ledger import Ledger, Share, shares
@@ -60,7 +60,7 @@ from xcomp.video import VideoError
 
 def evaluate(config: RunConfig) -> Path:
     """One arm: the run's own backbone, compressor and selector."""
-    return compare(replace(config, arms=[], reference=None, hard=None), kind="evaluate")
+    return compare(single(config), kind="evaluate")
 
 
 def num_failed(records: Iterable[Record]) -> int:
@@ -221,6 +221,9 @@ class Comparison:
         answerers = {}
         for arm in arms:
             own = []
+            generation, seed = config.generation, config.seed if arm.seed is None else arm.seed
+            if arm.seed is not None:  # draws of arms that differ in the seed differ
+                generation = replace(generation, seed=generation.seed + arm.seed)
             for kind, node in (("compressor", arm.compressor), ("selector", arm.selector)):
                 key = f"{kind} {_key(node)}"
                 if key not in parts:
@@ -231,9 +234,9 @@ class Comparison:
                 backbone,
                 *own,
                 budget=arm.frames,
-                generation=config.generation.limited(self.benchmark.max_new_tokens),
+                generation=generation.limited(self.benchmark.max_new_tokens),
                 batch_size=config.batch_size,
-                seed=config.seed if arm.seed is None else arm.seed,
+                seed=seed,
             )
         return Panel(backbone, answerers, self.benchmark).eval()
 
@@ -308,9 +311,11 @@ class Panel(L.LightningModule):
                     outcomes = self._answer(arm, video, queries)
                 done[arm], peaks[arm] = list(zip(asked, queries, outcomes)), peak.bytes
         finally:  # what was answered is kept, whatever ends the rest
-            records = self._records(video, done, peaks)
+            records, failed = self._records(video, done, peaks)
             append_records(self.writes_to, records)
             video.close()
+            if failed is not None:
+                raise failed
         return len(records)
 
     def _answer(self, arm: str, video: VideoInFlight, queries: list[Query]) -> list[Any]:
@@ -319,16 +324,23 @@ class Panel(L.LightningModule):
         except VideoError as error:
             return [error] * len(queries)
 
-    def _records(self, video: VideoInFlight, done: dict[str, list], peaks: dict[str, dict[str, int]]) -> list[Record]:
+    def _records(
+        self, video: VideoInFlight, done: dict[str, list], peaks: dict[str, dict[str, int]]
+    ) -> tuple[list[Record], ContractError | None]:
+        """The lines, without those of answers that the benchmark cannot judge; and the first such failure."""
         works = {(arm, q.id): out.work for arm, rows in done.items() for q, _, out in rows if isinstance(out, Answer)}
         costs, info = shares(works), video.known
         waiting = video.ledger.seconds_waiting / max(1, len(works))
         harness = self._harness(video, costs.values()) / max(1, len(works))
-        lines = []
+        lines, failed = [], None
         for arm, rows in done.items():
             mode = self.answerers[arm].generation.mode
             for question, query, outcome in rows:
-                line = record(arm, question, query, outcome, self.benchmark, info, mode)
+                try:
+                    line = record(arm, question, query, outcome, self.benchmark, info, mode)
+                except ContractError as error:
+                    failed = failed or error
+                    continue
                 if (cost := costs.get((arm, question.id))) is not None:
                     line |= {
                         "macs": cost.macs,
@@ -339,7 +351,7 @@ class Panel(L.LightningModule):
                         "peak_memory": peaks[arm],
                     }
                 lines.append(line)
-        return lines
+        return lines, failed
 
     def _harness(self, video: VideoInFlight, costs: Iterable[Share]) -> float:
         """Seconds since the last video's records were made that are no stage's of this process, nor waiting."""

@@ -22,6 +22,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+ROUNDING = 1e-9  # below which a spread is none
 POWER = 0.8
 
 
@@ -123,7 +124,7 @@ def accuracy(scores: Sequence[float], videos: Sequence[str]) -> Accuracy:
     sums, counts = by_cluster(scores, videos)
     n, num_videos, value = len(scores), len(counts), float(np.mean(scores))
     value = min(max(value, 0.0), 1.0)
-    if np.ptp(sums / counts) == 0:
+    if np.ptp(sums / counts) < ROUNDING:
         low, high = wilson(value * num_videos, num_videos)
         method = "wilson" if n == num_videos and is_binary(scores) else "wilson over videos"
     elif n == num_videos and is_binary(scores):
@@ -173,7 +174,7 @@ def paired(scores_a: np.ndarray, scores_b: np.ndarray, videos: Sequence[str]) ->
     num_videos = counts.shape[1]
     wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
     found = crossed(sums, counts)
-    spread = num_videos > 1 and found.standard_error > 0
+    spread = num_videos > 1 and found.standard_error > ROUNDING
     if spread:
         low, high = t_interval(found)
         p = float(2 * stats.t.sf(abs(found.value) / found.standard_error, found.degrees))
@@ -283,7 +284,7 @@ def seeds_accuracy(scores: np.ndarray, videos: Sequence[str]) -> Accuracy:
     found = crossed(sums, counts)
     value = min(max(float(scores.mean()), 0.0), 1.0)
     num_videos = counts.shape[1]
-    if num_videos > 1 and found.standard_error > 0:
+    if num_videos > 1 and found.standard_error > ROUNDING:
         low, high = (float(b) for b in clustered_wilson(np.float64(value), found.standard_error, found.degrees))
         method = "seeds and videos"
     else:
