@@ -323,6 +323,11 @@ MISTAKES = {
         "trainer has no option 'max_stps'; did you mean 'max_steps'?",
     ),
     "refused trainer option": ("tune run.yaml trainer.precision=7", "trainer: Precision 7 is invalid"),
+    "no logger": ("tune run.yaml trainer.logger=3", "trainer.logger is 3; loggers: csv, tensorboard"),
+    "no number of batches": (
+        "tune run.yaml trainer.accumulate_grad_batches=x",
+        "trainer.accumulate_grad_batches is 'x'; it must be a whole number, at least 1",
+    ),
     "unknown logger": ("tune run.yaml trainer.logger=wandbb", "trainer.logger is 'wandbb'; did you mean 'wandb'?"),
     "unknown trainer option, evaluating": ("evaluate run.yaml trainer.acelerator=cpu", "did you mean 'accelerator'?"),
     "refused trainer option, evaluating": (

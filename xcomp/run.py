@@ -242,6 +242,9 @@ def make_trainer(given: Mapping[str, Any], **defaults: Any) -> Trainer:
         if key not in known:
             raise ConfigError(f"trainer has no option '{key}';{nearest(str(key), known)} see lightning.Trainer")
     _check_nodes(given.get("num_nodes", 1))
+    accumulated = given.get("accumulate_grad_batches", 1)
+    if type(accumulated) is not int or accumulated < 1:
+        raise ConfigError(f"trainer.accumulate_grad_batches is {accumulated!r}; it must be a whole number, at least 1")
     _end_with_launcher()
     try:
         trainer = Trainer(**{**defaults, **given})

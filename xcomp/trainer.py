@@ -117,7 +117,7 @@ def _loggers(config: RunConfig) -> list[Logger]:
     """What ``trainer.logger`` names: one or a list of ``LOGGERS``; true: CSV and TensorBoard; false: none."""
     given = config.trainer.get("logger", True)
     names = ["csv", "tensorboard"] if given is True else given or []
-    names = [names] if isinstance(names, str) else list(names)
+    names = list(names) if isinstance(names, (list, tuple)) else [names]
     for name in names:
         if name not in LOGGERS:
             hint = nearest(str(name), LOGGERS)

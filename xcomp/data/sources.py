@@ -161,7 +161,7 @@ def _check_source(source: Any, where: str) -> None:
     if not isinstance(roots, Mapping) or not all(isinstance(text, str) for pair in roots.items() for text in pair):
         raise ConfigError(f"{where}: roots is {roots!r}; it must map beginnings of paths to folders")
     kinds = source.get("kinds") or []
-    if not isinstance(kinds, list) or not set(kinds) <= set(KINDS):
+    if not isinstance(kinds, list) or not all(kind in KINDS for kind in kinds):
         raise ConfigError(f"{where}: kinds is {kinds!r}; it must be a list of {', '.join(KINDS)}")
     share = source.get("share", [0, 1])
     if not _is_share(share):
