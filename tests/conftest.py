@@ -157,3 +157,24 @@ def tiny_run(tmp_path, tiny_checkpoint, needle_videos):
         "decoding": {"workers": 0},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
     }
+
+
+@pytest.fixture
+def stop_before(monkeypatch):
+    """Makes training fail before its ``n``-th batch (from 0)."""
+
+    def stop_before(n):
+        from xcomp.model import VideoQA
+
+        train, batches = VideoQA.training_step, []
+
+        def training_step(self, batch, batch_idx):
+            batches.append(batch_idx)
+            if len(batches) > n:
+                raise RuntimeError("power cut")
+            return train(self, batch, batch_idx)
+
+        monkeypatch.setattr(VideoQA, "training_step", training_step)
+        return lambda: monkeypatch.setattr(VideoQA, "training_step", train)
+
+    return stop_before

@@ -35,23 +35,6 @@ def sample(seed=0, frames=4):
     return Sample(pixels, TokenisedConversation(torch.tensor([1, 2, 3]), suffix, labels))
 
 
-@pytest.fixture
-def stop_before(monkeypatch):
-    def stop_before(n):
-        train, batches = VideoQA.training_step, []
-
-        def training_step(self, batch, batch_idx):
-            batches.append(batch_idx)
-            if len(batches) > n:
-                raise RuntimeError("power cut")
-            return train(self, batch, batch_idx)
-
-        monkeypatch.setattr(VideoQA, "training_step", training_step)
-        return lambda: monkeypatch.setattr(VideoQA, "training_step", train)
-
-    return stop_before
-
-
 @pytest.mark.parametrize(
     "options",
     [{"curriculum": {"share": 0.8}}, {"distillation": {"weight": 0.3, "temperature": 2}}, {"lora": {"rank": 2}}],
@@ -100,7 +83,7 @@ def test_compression_grows_while_a_model_is_tuned_and_is_whole_in_validation(mak
 @pytest.mark.parametrize(
     "compressor, options, line",
     [
-        ("avg_pool", {"curriculum": {}}, "moves the end of a schedule .*, which compressor 'avg_pool' has not"),
+        ("avg_pool", {"curriculum": {}}, "moves the end of a planned schedule .*, which compressor 'avg_pool' has not"),
         (
             {"name": "lp_comp", "schedule": "steps", "steps": {1: 4}},
             {"curriculum": {}},

@@ -45,25 +45,6 @@ def run(content):
     return tune(parse_config(content, "x"))
 
 
-@pytest.fixture
-def stop_before(monkeypatch):
-    """Makes training fail before its ``n``-th batch (from 0)."""
-
-    def stop_before(n):
-        train, batches = VideoQA.training_step, []
-
-        def training_step(self, batch, batch_idx):
-            batches.append(batch_idx)
-            if len(batches) > n:
-                raise RuntimeError("power cut")
-            return train(self, batch, batch_idx)
-
-        monkeypatch.setattr(VideoQA, "training_step", training_step)
-        return lambda: monkeypatch.setattr(VideoQA, "training_step", train)
-
-    return stop_before
-
-
 def test_a_run_leaves_checkpoints_logs_and_a_model_that_loads(make, tiny_checkpoint):
     torch.manual_seed(5)
     content = make("run", train=["projector"], steps=4)

@@ -213,7 +213,7 @@ def _evaluate(options: argparse.Namespace) -> int | None:
         from xcomp.compare.arms import single
         from xcomp.compare.forecast import dry_run
 
-        return int(not dry_run(single(config)))
+        return int(not dry_run(single(config), "evaluate"))
     from xcomp.compare.runner import evaluate
 
     return _whether_all_asked(evaluate(config))

@@ -27,6 +27,8 @@ from xcomp.messages import nearest
 from xcomp.registry import KINDS, PluginError, build, configure, split_node
 from xcomp.shipped import built_in
 
+# What arms can have an equal budget in, with the words for it.
+BUDGETS = {"frames": "frames", "tokens_in": "tokens in", "kv_tokens": "KV tokens", "macs": "MACs"}
 TRAINABLE = ("llm", "projector", "vision", "compressor")
 TEXT_FORMATS = ("answers", "released")
 ANSWER_MODES = ("generate", "loglikelihood")
@@ -693,6 +695,12 @@ def arm_seeds(seed: Any, where: str) -> list[int | None]:
         if values.count(value) > 1:
             raise ConfigError(f"config '{where}': seed names {value} twice")
     return list(values)
+
+
+def check_equal(kind: str) -> None:
+    """ConfigError where ``equal`` names no kind of budget."""
+    if kind not in BUDGETS:
+        raise ConfigError(f"equal is '{kind}';{nearest(str(kind), BUDGETS)} budgets are equal in {', '.join(BUDGETS)}")
 
 
 def split_component(kind: str, node: Any) -> tuple[str, dict[str, Any]]:

@@ -25,7 +25,7 @@ def check_curriculum(compressor: Compressor) -> None:
     if not isinstance(compressor, PlannedDrop) or compressor.config.schedule == "steps":
         schedule = " with schedule 'steps'" if isinstance(compressor, PlannedDrop) else ""
         raise ConfigError(
-            f"tune.curriculum moves the end of a schedule (lp_comp, uniform_drop: cosine, linear, constant), which "
+            f"tune.curriculum moves the end of a planned schedule (cosine, linear, constant), which "
             f"{name_of('compressor', compressor)}{schedule} has not"
         )
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from comparison_runs import ARMS, read, untimed
 
 import xcomp
@@ -137,6 +138,14 @@ def test_a_finished_run_asks_nothing(make, monkeypatch):
     (folder / "report.html").unlink()
     compare(make())
     assert (folder / "records.jsonl").read_bytes() == before and (folder / "report.html").is_file()
+
+
+def test_a_dry_run_refuses_what_the_run_would(make, tiny_run, tmp_path, capsys):
+    compare(make(arms=[]))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**tiny_run, "limit": 3, "reference": "none"}))
+    assert main(["compare", str(tmp_path / "run.yaml"), "reference=null", "frames=2", "--dry-run"]) == 2
+    assert "belongs to a different config: frames was 4, now 2" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "run.yaml"), "name=other", "--dry-run"]) == 0  # which is about one arm
 
 
 def test_a_question_that_changed_since_it_was_answered_is_refused(tiny_run, needle_videos, tmp_path):

@@ -77,7 +77,7 @@ def test_questions_of_one_video_each_are_a_t_test():
     mean, error, degrees = clustered_moments(values, np.ones(30))
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert degrees == pytest.approx(29)
-    found = Clustered(float(mean) / 10, float(error) / 10, float(degrees), 30)  # differences of scores stay within ±1
+    found = Clustered(float(mean) / 10, float(error) / 10, float(degrees))  # differences of scores stay within ±1
     assert t_interval(found) == pytest.approx((expected.low / 10, expected.high / 10))
 
 

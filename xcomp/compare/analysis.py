@@ -28,7 +28,7 @@ from xcomp.compare.statistics import (
     pareto_front,
     seeds_accuracy,
 )
-from xcomp.config import ConfigError
+from xcomp.config import BUDGETS, ConfigError, check_equal
 from xcomp.messages import nearest
 from xcomp.registry import PluginError, load_class
 from xcomp.run import SCHEMA
@@ -38,8 +38,6 @@ Record = Mapping[str, Any]
 SUMMARY_SCHEMA = 3
 ALPHA = 0.05  # of Holm's p: two arms below it can be told apart
 TOLERANCE = 0.05  # budgets are equal that differ by no more than this
-# What budgets may be equal in, and how it is said.
-BUDGETS = {"frames": "frames", "tokens_in": "tokens in", "kv_tokens": "KV tokens", "macs": "MACs"}
 # What each number of an arm is counted in, and which way is better.
 METRICS = {
     "accuracy": {"unit": "mean score of the questions; those that failed to run count 0", "direction": "higher"},
@@ -851,12 +849,6 @@ class _Analyser:
                     self.remarks.append(f"Runs differ in the version of {package}: {_list(map(str, found))}.")
             if not same_hardware:
                 self.remarks.append("Runs were made on different hardware: their seconds cannot be compared.")
-
-
-def check_equal(kind: str) -> None:
-    """ConfigError where ``equal`` names no kind of budget."""
-    if kind not in BUDGETS:
-        raise ConfigError(f"equal is '{kind}';{nearest(str(kind), BUDGETS)} budgets are equal in {', '.join(BUDGETS)}")
 
 
 def _adjusted(differences: Sequence[Difference]) -> list[Difference]:

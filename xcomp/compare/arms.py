@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from xcomp.compare.analysis import check_equal
 from xcomp.config import (
     ConfigError,
     RunConfig,
     arm_seeds,
     check_component,
+    check_equal,
     component_parts,
     frame_budgets,
     split_component,

@@ -42,6 +42,7 @@ from xcomp.decoder import Decoder, QuestionNeeded
 from xcomp.decoding import DecodingPool, Span, VideoInfo
 from xcomp.layout import merged_lengths
 from xcomp.registry import configure
+from xcomp.run import check_run
 from xcomp.schedule import keep_slots, token_counts
 from xcomp.scoring import check_mode, list_missing, missing_videos, query_of, read_questions
 from xcomp.selector import FrameQuery
@@ -318,14 +319,18 @@ def print_table_e() -> None:
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 
-def dry_run(config: RunConfig) -> bool:
+def dry_run(config: RunConfig, kind: str = "compare") -> bool:
     """``--dry-run``: what there is and what it will take; whether a run could begin: weights, annotations, videos.
 
     Asks nothing, and writes nothing into the run folder.
+
+    Raises:
+        ConfigError: what the run would refuse, its folder included (:func:`xcomp.run.check_run`).
     """
     if config.benchmark is None:
         raise ConfigError("no benchmark; name one, e.g. benchmark: needle")
     arms, console = resolve_arms(config), Console()
+    check_run(config, kind)
     benchmark = build_component("benchmark", config.benchmark, config.plugins)
     questions, problem = _questions(benchmark, config.limit, config.generation.mode)
     found = _find_videos(config, questions, console)

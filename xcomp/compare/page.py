@@ -27,8 +27,8 @@ from xcomp.compare.analysis import ArmSummary, Difference, RunFacts, Summary, sc
 from xcomp.compare.explain import Picture, environment, render, some, thumbnails, timeline
 from xcomp.compare.plots import METHOD, part_label, token_curves
 from xcomp.compare.statistics import Accuracy, pareto_front
-from xcomp.compare.tables import macs_unit, number, p_value, signed, significant, span
-from xcomp.config import Decoding
+from xcomp.compare.tables import is_accuracy, macs_unit, number, p_value, signed, significant, span
+from xcomp.config import BUDGETS, Decoding
 
 Record = Mapping[str, Any]
 LISTED_BYTES = 2_000_000  # of questions that the script lists, as JSON
@@ -45,7 +45,6 @@ COSTS = {
     "macs": ("total {unit} a question", lambda arm: arm.total_macs),
     "seconds": ("seconds a question, alone", lambda arm: arm.total_seconds),
 }
-EQUAL = {"frames": "frames", "tokens_in": "tokens in", "kv_tokens": "KV tokens", "macs": "MACs"}
 STAGES = ("decode", "vision", "select", "compress", "prefill", "answer", "harness")
 
 
@@ -320,7 +319,7 @@ def _results(summary: Summary, views: Mapping[str, ArmView], unit: tuple[str, fl
     """A row an arm. A column that no arm has anything for is left out."""
     scale = _accuracy_axis(summary)
     official = dict.fromkeys(name for arm in summary.arms for name in arm.official or {})
-    official = [name for name in official if not all(_is_accuracy(arm, name) for arm in summary.arms)]
+    official = [name for name in official if not all(is_accuracy(arm, name) for arm in summary.arms)]
     published = list(dict.fromkeys(name for arm in summary.arms for name in arm.published))
 
     def seconds(arm: ArmSummary) -> Cell | None:
@@ -388,11 +387,6 @@ def _official(name: str) -> Callable[[ArmSummary], Cell | None]:
         return None if value is None or not math.isfinite(value) else Cell(f"{value:.1f}", value=value)
 
     return cell
-
-
-def _is_accuracy(arm: ArmSummary, metric: str) -> bool:
-    """Whether the benchmark's own metric says again what the accuracy says."""
-    return abs((arm.official or {}).get(metric, math.nan) - 100 * arm.accuracy.value) < 1e-6
 
 
 def _asked(summary: Summary, arm: ArmSummary) -> Cell | None:
@@ -573,7 +567,7 @@ def _differences(summary: Summary, differences: Sequence[Difference], views: Map
         ("questions (videos)", lambda d: Cell(f"{d.n:,}", f"({d.num_videos:,})", d.n)),
         ("seeds", lambda d: Cell(str(d.num_seeds), value=d.num_seeds) if d.num_seeds else None),
         ("× its MACs", lambda d: None if d.macs_ratio is None else Cell(f"{d.macs_ratio:.2f}", value=d.macs_ratio)),
-        ("equal in", lambda d: Cell(", ".join(EQUAL.get(kind, kind) for kind in d.equal)) if d.equal else None),
+        ("equal in", lambda d: Cell(", ".join(BUDGETS[kind] for kind in d.equal)) if d.equal else None),
     ]  # fmt: skip
     cells = [[make(d) for d in differences] for _, make in columns]
     kept = [place for place, column in enumerate(cells) if any(column)]
@@ -588,7 +582,7 @@ def _equal(
     found: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for group in summary.equal:
         value = f"{significant(group.value / unit[1])} {unit[0]}" if group.kind == "macs" else number(group.value)
-        found[tuple(group.arms)].append(f"{EQUAL.get(group.kind, group.kind)} ({value})")
+        found[tuple(group.arms)].append(f"{BUDGETS[group.kind]} ({value})")
     return [([views[name] for name in arms], budgets) for arms, budgets in found.items()]
 
 

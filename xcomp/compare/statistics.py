@@ -51,7 +51,6 @@ class Clustered:
     value: float
     standard_error: float
     degrees: float
-    num_clusters: int
 
 
 @dataclass(frozen=True)
@@ -269,12 +268,12 @@ def crossed(sums: np.ndarray, counts: np.ndarray) -> Clustered:
     mean, error, degrees = (float(x) for x in clustered_moments(sums.mean(axis=0), counts.mean(axis=0)))
     num_seeds = len(sums)
     if num_seeds == 1:
-        return Clustered(mean, error, degrees, sums.shape[1])
+        return Clustered(mean, error, degrees)
     seeds = float(np.var(sums.sum(axis=1) / counts.sum(axis=1), ddof=1)) / num_seeds
     variance = error**2 + seeds
     if variance > 0:
         degrees = variance**2 / (error**4 / degrees + seeds**2 / (num_seeds - 1))
-    return Clustered(mean, math.sqrt(variance), degrees, sums.shape[1])
+    return Clustered(mean, math.sqrt(variance), degrees)
 
 
 def seeds_accuracy(scores: np.ndarray, videos: Sequence[str]) -> Accuracy:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xcomp.compare.analysis import BUDGETS, TOLERANCE, ArmSummary, Difference, Summary
+from xcomp.compare.analysis import TOLERANCE, ArmSummary, Difference, Summary
 from xcomp.compare.statistics import Accuracy
+from xcomp.config import BUDGETS
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ def others(summary: Summary) -> Grid | None:
     official = list(dict.fromkeys(key for arm in summary.arms for key in arm.official or {}))
     quoted = {name: row for run in summary.runs for name, row in (run.config.get("published") or {}).items()}
     published = list(dict.fromkeys(k for row in (*(a.published for a in summary.arms), *quoted.values()) for k in row))
-    if official == ["accuracy"] and all(_is_own(arm) for arm in summary.arms):
+    if official == ["accuracy"] and all(is_accuracy(arm, "accuracy") for arm in summary.arms if arm.official):
         official = []
     recall = any(arm.event_recall is not None for arm in summary.arms)
     columns = ["arm", "accuracy\u00a0%", *(["hard part\u00a0%"] if summary.hard else [])]
@@ -307,9 +309,9 @@ def _plain_number(value: object) -> str:
     return f"{value:,.1f}" if isinstance(value, (int, float)) else "–" if value is None else str(value)
 
 
-def _is_own(arm: ArmSummary) -> bool:
-    """Whether the benchmark's only metric is the accuracy that is shown anyway."""
-    return arm.official is None or abs(arm.official["accuracy"] - 100 * arm.accuracy.value) < 1e-6
+def is_accuracy(arm: ArmSummary, metric: str) -> bool:
+    """Whether the benchmark's own metric says again what the accuracy says."""
+    return abs((arm.official or {}).get(metric, math.nan) - 100 * arm.accuracy.value) < 1e-6
 
 
 def _times(value: float | None, factor: float) -> float | None:
