@@ -4,7 +4,7 @@
     python perf/decoder.py --device cuda                  # Qwen2-1.5B shapes, bfloat16, random weights
 
 Measured: a prefill at several frame counts (16 tokens a frame); a question on a stored video against the prefill of the
-whole; the peak memory of a tuning step. MACs beside it are computed from shapes. The paper's Table E (one H200, the
+whole; seconds and peak memory of a tuning step. MACs beside it are computed from shapes. The paper's Table E (one H200, the
 language-model part of an LVBench query: 0.12, 0.25 and 0.66 s at 1,024, 2,048 and 4,096 frames) is printed beside
 figures of a GPU.
 """
@@ -160,14 +160,22 @@ def measure_extend(options: dict[str, str], frames: int, repeats: int, where: di
     return rows
 
 
-def measure_tuning(options: dict[str, str], frames: int, where: dict[str, Any]) -> list[dict[str, Any]]:
-    rows, base = [], None
-    for variant in ("none", "lp_comp", "lp_comp, drop_early=output"):
-        peak = peak_megabytes(prepare_tuning, options, variant, frames, device=options["device"])
-        base = base or peak
-        row = {"what": "tuning step", "variant": variant, "frames": frames, "peak_megabytes": round(peak, 1)}
-        rows.append(where | row | {"of_uncompressed": round(peak / base, 4)})
-        print(f"{frames:>5} frames  tuning, {variant:<28} {peak:9.1f} MB  {peak / base:.3f}", flush=True)
+def measure_tuning(options: dict[str, str], frames: int, repeats: int, where: dict[str, Any]) -> list[dict[str, Any]]:
+    device, variants = options["device"], ("none", "lp_comp", "lp_comp, drop_early=output")
+    peaks = {
+        variant: peak_megabytes(prepare_tuning, options, variant, frames, device=device) for variant in variants
+    }
+    taken = side_by_side({variant: prepare_tuning(options, variant, frames) for variant in variants}, repeats, device)
+    rows, seconds_base = [], None
+    for variant, values in taken.items():
+        row = where | {"what": "tuning step", "variant": variant, "frames": frames} | spread(values)
+        seconds_base = seconds_base or row["seconds_median"]
+        row["of_uncompressed"] = round(row["seconds_median"] / seconds_base, 4)
+        row["peak_megabytes"] = round(peaks[variant], 1)
+        row["peak_of_uncompressed"] = round(peaks[variant] / peaks["none"], 4)
+        rows.append(row)
+        print(f"{frames:>5} frames  tuning, {variant:<28} {row['seconds_median']:9.3f} s  {row['of_uncompressed']:.3f}  "
+              f"{row['peak_megabytes']:9.1f} MB  {row['peak_of_uncompressed']:.3f}", flush=True)  # fmt: skip
     return rows
 
 
@@ -180,7 +188,9 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--only-prefill", action="store_true", help="seconds of prefills alone, no memory")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--only-prefill", action="store_true", help="seconds of prefills alone, no memory")
+    only.add_argument("--only-tuning", action="store_true", help="tuning steps alone")
     parser.add_argument("--tuning-frames", type=int, default=512)
     given, on_cpu = parser.parse_args(), "cpu" in parser.parse_args().device
     options = {
@@ -191,11 +201,12 @@ def main() -> None:
     }
     where = about(given.device) | options
     rows = []
-    for frames in given.frames:
+    for frames in () if given.only_tuning else given.frames:
         rows += measure_prefill(options, frames, given.repeats, where, given.variants, not given.only_prefill)
-    if not given.only_prefill:
+    if not (given.only_prefill or given.only_tuning):
         rows += measure_extend(options, 576, max(given.repeats, 5), where)
-        rows += measure_tuning(options, given.tuning_frames, where)
+    if not given.only_prefill:
+        rows += measure_tuning(options, given.tuning_frames, given.repeats, where)
     write(f"decoder-{'cpu' if on_cpu else 'cuda'}", rows)
 
 
