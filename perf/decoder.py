@@ -4,8 +4,8 @@
     python perf/decoder.py --device cuda                  # Qwen2-1.5B shapes, bfloat16, random weights
 
 Measured: a prefill at several frame counts (16 tokens a frame); a question on a stored video against the prefill of the
-whole; seconds and peak memory of a tuning step. MACs beside it are computed from shapes. The paper's Table E (one H200, the
-language-model part of an LVBench query: 0.12, 0.25 and 0.66 s at 1,024, 2,048 and 4,096 frames) is printed beside
+whole; seconds and peak memory of a tuning step. MACs beside it are computed from shapes. The paper's Table E (one H200,
+the language-model part of an LVBench query: 0.12, 0.25 and 0.66 s at 1,024, 2,048 and 4,096 frames) is printed beside
 figures of a GPU.
 """
 
@@ -162,19 +162,17 @@ def measure_extend(options: dict[str, str], frames: int, repeats: int, where: di
 
 def measure_tuning(options: dict[str, str], frames: int, repeats: int, where: dict[str, Any]) -> list[dict[str, Any]]:
     device, variants = options["device"], ("none", "lp_comp", "lp_comp, drop_early=output")
-    peaks = {
-        variant: peak_megabytes(prepare_tuning, options, variant, frames, device=device) for variant in variants
-    }
+    peaks = {variant: peak_megabytes(prepare_tuning, options, variant, frames, device=device) for variant in variants}
     taken = side_by_side({variant: prepare_tuning(options, variant, frames) for variant in variants}, repeats, device)
-    rows, seconds_base = [], None
+    rows, base = [], None
     for variant, values in taken.items():
         row = where | {"what": "tuning step", "variant": variant, "frames": frames} | spread(values)
-        seconds_base = seconds_base or row["seconds_median"]
-        row["of_uncompressed"] = round(row["seconds_median"] / seconds_base, 4)
+        base = base or row["seconds_median"]
+        row["of_uncompressed"] = round(row["seconds_median"] / base, 4)
         row["peak_megabytes"] = round(peaks[variant], 1)
         row["peak_of_uncompressed"] = round(peaks[variant] / peaks["none"], 4)
         rows.append(row)
-        print(f"{frames:>5} frames  tuning, {variant:<28} {row['seconds_median']:9.3f} s  {row['of_uncompressed']:.3f}  "
+        print(f"{frames:>5} frames  tuning, {variant:<28} {row['seconds_median']:9.3f} s  {row['of_uncompressed']:.3f} "
               f"{row['peak_megabytes']:9.1f} MB  {row['peak_of_uncompressed']:.3f}", flush=True)  # fmt: skip
     return rows
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,6 +224,19 @@ def test_a_mixture_is_its_data_sets_in_turn(mixture, write, tmp_path):
     assert found.conversations[3].frames == (8,)
 
 
+def test_a_part_of_a_mixture_is_taken_by_names(mixture):
+    entries = [({"json_path": f"video/{name}.json"}, texts(1, name)) for name in ("a_2_3_m", "b_0_30_s", "c_1_2_m")]
+    long = ["*_2_3_m*", "*_1_2_m*"]
+    assert questions(read_records([mixture(*entries, only=long)])) == ["Qa_2_3_m0", "Qc_1_2_m0"]
+    assert questions(read_records([mixture(*entries, without=long)])) == ["Qb_0_30_s0"]
+    assert questions(read_records([mixture(*entries, only=long, without=["*/c*"])])) == ["Qa_2_3_m0"]
+    with pytest.raises(ConfigError, match=r"^tune.data\[0\]: no json_path of mixture '.*' is like '\*_3_4_m\*'$"):
+        read_records([mixture(*entries, only=[*long, "*_3_4_m*"])])
+    for bad in ("*", [], [3]):
+        with pytest.raises(ConfigError, match=r"^tune.data\[0\]: without is .*; it must be a list of names"):
+            read_records([mixture(*entries, without=bad)])
+
+
 def test_missing_data_sets_are_all_told_with_the_path_that_was_tried(mixture, write, tmp_path):
     write("", "there/3.mp4")
     entries = [
@@ -428,3 +442,18 @@ def test_the_released_mixtures_are_read(file, entries, strategies, tmp_path):
     shares = {"10%": 8, "2.5%": 2, "1%": 1, "25%": 20, "20%": 16, "all": 80}
     expected = sum(count * shares[name.rpartition(":")[2]] for name, count in strategies.items())
     assert len(read_records([source]).conversations) == expected
+
+
+@pytest.mark.skipif(not RELEASED.is_dir(), reason="XCOMP_MIXTURES names no folder of released mixtures")
+def test_the_released_mixture_comes_apart_into_short_and_long():
+    """By the names in docs/tuning.md."""
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "tuning.md").read_text(encoding="utf-8")
+    long = yaml.safe_load(re.search(r"^long: &long (.*)$", guide, re.M)[1])
+    counts = {}
+    for part in ({}, {"only": long}, {"without": long}):
+        with pytest.raises(MissingData) as e:
+            read_records([{"mixture": str(RELEASED / "stage3_short-long_mix_sft_mid2.yaml"), "root": "absent", **part}])
+        counts[(*part, "full")[0]] = len(e.value.lines)
+    assert counts["only"] + counts["without"] == counts["full"] == 84
+    told = re.search(r"the long ones \((\d+) of the 84 .* no marked length \((\d+)\)", guide)
+    assert [counts["only"], counts["without"]] == [int(told[1]), int(told[2])]

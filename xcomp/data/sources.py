@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ _FILES = ("root", "roots", "rule", "seed", "share", "allow_missing")
 _DATASET = ("sampling_strategy", "video_read_type", "media_type")
 _SOURCE_KEYS = {
     "records": ("records", *_COMMON, *_FILES, *_DATASET),
-    "mixture": ("mixture", *_COMMON, *_FILES),
+    "mixture": ("mixture", "only", "without", *_COMMON, *_FILES),
     "benchmark": ("benchmark", "tasks", *_COMMON, "root"),
 }
 _OWN = ("frames", "sampling", "repeat", "seconds")
@@ -106,8 +107,8 @@ def read_records(
     A source is ``{records: FILE.json|.jsonl, root: DIR}``, ``{mixture: FILE.yaml, root: DIR}`` or ``{benchmark: …,
     tasks: […]}``. ``frames: [8, 16]`` are the frame counts its videos are shown with (default: the run's),
     ``sampling`` what differs from the run's, ``repeat: n`` takes it n times an epoch, ``seconds`` is about how long its
-    videos are, where records do not tell, ``kinds`` are those of its records that are taken. The
-    options of files are described in docs/tuning.md.
+    videos are, where records do not tell, ``kinds`` are those of its records that are taken, ``only`` and
+    ``without`` which data sets of a mixture are. The options of files are described in docs/tuning.md.
 
     Raises:
         MissingData: if data sets are not there, and ``allow_missing`` does not let their source go on without.
@@ -160,6 +161,10 @@ def _check_source(source: Any, where: str) -> None:
     roots = source.get("roots") or {}
     if not isinstance(roots, Mapping) or not all(isinstance(text, str) for pair in roots.items() for text in pair):
         raise ConfigError(f"{where}: roots is {roots!r}; it must map beginnings of paths to folders")
+    for key in ("only", "without"):
+        names = source.get(key, ["*"])
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"{where}: {key} is {names!r}; it must be a list of names, * standing for any text")
     kinds = source.get("kinds") or []
     if not isinstance(kinds, list) or not all(kind in KINDS for kind in kinds):
         raise ConfigError(f"{where}: kinds is {kinds!r}; it must be a list of {', '.join(KINDS)}")
@@ -225,6 +230,7 @@ def _of_mixture(source: Mapping[str, Any], where: str) -> Iterator[DataSet]:
     if not isinstance(content, Mapping) or not isinstance(content.get("datasets"), list):
         raise ConfigError(f"mixture '{file}' must be a mapping with 'datasets', a list")
     _check_known(content, ("datasets",), f"mixture '{file}'")
+    unmatched = {*source.get("only", ()), *source.get("without", ())}
     for number, entry in enumerate(content["datasets"], 1):
         name = f"mixture '{file}', data set {number}"
         if not isinstance(entry, Mapping) or not isinstance(entry.get("json_path"), str) or not entry["json_path"]:
@@ -237,7 +243,16 @@ def _of_mixture(source: Mapping[str, Any], where: str) -> Iterator[DataSet]:
         path, root = (_within(source, str(entry.get(key) or "")) for key in ("json_path", "data_root"))
         strategy = str(entry.get("sampling_strategy", "all"))
         own = {key: entry[key] for key in _OWN if key in entry}
-        yield DataSet(name, path, root, strategy, entry.get("media_type"), entry.get("video_read_type"), own)
+        only, without = (_matching(entry["json_path"], source.get(key, ())) for key in ("only", "without"))
+        unmatched -= {*only, *without}
+        if not without and (only or "only" not in source):
+            yield DataSet(name, path, root, strategy, entry.get("media_type"), entry.get("video_read_type"), own)
+    if unmatched:
+        raise ConfigError(f"{where}: no json_path of mixture '{file}' is like '{min(unmatched)}'")
+
+
+def _matching(path: str, names: Sequence[str]) -> list[str]:
+    return [name for name in names if fnmatchcase(path, name)]
 
 
 def _within(source: Mapping[str, Any], path: str) -> str:
