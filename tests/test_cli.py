@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,25 @@ def test_plugins_lists_all_of_them_without_loading_torch(tmp_path):
     assert all(len(row) == 4 and row[3][-1] == "." for row in listed if row[1] != "mine")  # what it does, in a sentence
 
 
+@pytest.mark.parametrize("arguments", [["plugins"], ["plugins", "lp_comp"], ["--help"]], ids=" ".join)
+def test_a_reader_that_leaves_early_ends_it_quietly(arguments):
+    """As ``xcomp plugins | head`` does; the pipe has no reader from the start, so that timing plays no part."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([*XCOMP, *arguments], stdout=writer, stderr=subprocess.PIPE, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys):
+    def broken(options):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("xcomp.cli._plugins", broken)
+    assert main(["plugins"]) == 2 and capsys.readouterr().err == "xcomp: error: [Errno 32] Broken pipe\n"
+
+
 def test_ask_answers_on_stdout_and_nothing_else(video):
     question, options = "Which symbol appears first?", ["cross", "ring", "arch"]
     command = [*XCOMP, "ask", video, question, "frames=8", "--options", *options, "--quiet"]
@@ -173,6 +193,7 @@ def test_ask_about_a_part(run_cli, place, video):
     status, out, _ = run_cli(*command, "--start", "1", "--end", "3")
     told = json.loads(out)
     assert status == 0 and told["span"] == [1, 3] and all(1 <= time <= 3 for time in told["times"])
+    assert json.loads(run_cli(*command, "--start", "0:01", "--end", "0:00:03.0")[1])["frames"] == told["frames"]
     status, out, _ = run_cli(*command, "--start", "2")
     told = json.loads(out)
     assert status == 0 and told["span"] == [2, told["duration"]] and min(told["times"]) >= 2
@@ -297,6 +318,8 @@ MISTAKES = {
     "folder without images": ("ask runs What? --config run.yaml", "runs: folder has no frames: no images named"),
     "a part that is none": ("ask VIDEO What? --start 3 --end 2 --config run.yaml", "the span from 3 to 2 s is none"),
     "a part outside": ("ask VIDEO What? --start 300 --end 301 --config run.yaml", "is outside the video, which lasts"),
+    "a minute outside": ("ask VIDEO What? --start 1:02:03 --config run.yaml", "the span from 3723 to "),
+    "no time": ("ask VIDEO What? --start 1:x --config run.yaml", "--start: '1:x' is no time like 62.5 or 00:01:02.5"),
     "no override": ("ask VIDEO What? frmes=8", "has no key 'frmes'; did you mean 'frames'?"),
     "no question": ("ask VIDEO frmes=8", "a question 'frmes=8': --question 'frmes=8'"),
     "two questions": ("ask VIDEO What is it?", "'is' stands beside the question 'What'; put a question into quotes"),

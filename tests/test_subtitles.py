@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
-from xcomp.subtitles import Cue, overlapping, read_subtitles
+from xcomp.subtitles import Cue, overlapping, read_subtitles, seconds
 
 SRT = """1
 00:00:01,000 --> 00:00:02,500
@@ -111,7 +112,7 @@ def test_none_at_all(read, name, text):
             "timestamp begins at 'a'; it must be a number of seconds",
         ),
         ("a.json", '[{"timestamp": [2.0, 1.0], "text": "x"}]', "it ends at 1 s, before it begins at 2 s"),
-        ("a.json", '[{"start": "x", "end": "1", "line": "x"}]', "'x' is no time like 00:01:02.5"),
+        ("a.json", '[{"start": "x", "end": "1", "line": "x"}]', "'x' is no time like 62.5 or 00:01:02.5"),
         ("a.json", '[{"timestamp": [1.0, 2.0], "text": 5}]', "its text is 5"),
     ],
 )
@@ -124,6 +125,20 @@ def test_what_cannot_be_read_is_one_line(read, name, content, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no\.srt' cannot be read: No such file"):
         read_subtitles(tmp_path / "no.srt")
+
+
+@pytest.mark.parametrize(
+    "time, expected",
+    [("0:05", 5), ("1:02:03", 3723), ("00:01:02,5", 62.5), (" 7 ", 7), ("90.25", 90.25), ("5.", 5), (".5", 0.5)],
+)
+def test_times(time, expected):
+    assert seconds(time) == expected
+
+
+@pytest.mark.parametrize("time", ["", ".", "-1", "1:", ":5", "1:2:3:4", "1.5:00", "1e2", "nan", "inf", "5 s"])
+def test_what_is_no_time(time):
+    with pytest.raises(ValueError, match=f"^{re.escape(repr(time))} is no time like"):
+        seconds(time)
 
 
 def test_which_cues_a_span_overlaps():

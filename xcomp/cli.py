@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import select
 import shutil
 import signal
 import sys
@@ -29,14 +30,19 @@ if TYPE_CHECKING:
     from xcomp.inflight import VideoInFlight
     from xcomp.model import VideoQA
 
+STDOUT = 1  # its file descriptor
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit status."""
-    options = _parse(arguments)
-    _quiet()
     try:
-        with signals(signal.SIGTERM, handler=raise_stopped):
-            return options.run(options) or 0
+        try:
+            options = _parse(arguments)
+            _quiet()
+            with signals(signal.SIGTERM, handler=raise_stopped):
+                return options.run(options) or 0
+        finally:
+            print(end="", flush=True)  # not as Python exits, where what goes wrong could not be caught
     except Stopped as stop:
         if stop.line:
             print(f"xcomp: {stop.line}", file=sys.stderr)
@@ -47,11 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("xcomp: interrupted; the same command resumes", file=sys.stderr)  # Lightning exits by itself
         return 130
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _is_unread(STDOUT):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # for what is still to be written
+            return 128 + signal.SIGPIPE  # what a shell reports of programs that end so
         text = str(error)
         if "Original Traceback" in text:  # of an error in a worker process; its last line is the error itself
             text = text.splitlines()[-1]
         print(f"xcomp: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
+
+
+def _is_unread(output: int) -> bool:
+    """Whether a file descriptor is that of a pipe whose reader has gone, as ``head`` does."""
+    poll = select.poll()
+    poll.register(output, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -118,8 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--question", help="a question that looks like key=value")
     ask.add_argument("--options", nargs="+", metavar="OPTION", help="answers to choose from")
     for place in ("start", "end"):
-        text = f"{place} of the part of the video that is asked about (default: the video's)"
-        ask.add_argument(f"--{place}", type=float, metavar="SECONDS", help=text)
+        text = f"{place} of the part of the video that is asked about: 65.5 or 1:05.5 (default: the video's)"
+        ask.add_argument(f"--{place}", metavar="TIME", help=text)
     ask.add_argument("--config", default="ask", help="a YAML file, or the name of a built-in config (default: ask)")
     ask.add_argument("--set", nargs="+", default=[], metavar="key=value", help="the same as key=value without it")
     text = "a line of JSON a question: answer, frames, tokens and cost"
@@ -276,14 +292,24 @@ def _span(options: argparse.Namespace, reader: str) -> tuple[float, float] | Non
     from xcomp.sampling import span_frames
     from xcomp.video import Video, VideoError
 
+    start, end = (_seconds(f"--{place}", getattr(options, place)) for place in ("start", "end"))
     with Video(options.video, reader=reader) as video:
-        if options.start is None and options.end is None:
+        if start is None and end is None:
             return None
         try:
-            span_frames(video.num_frames, video.fps, options.start, options.end)
+            span_frames(video.num_frames, video.fps, start, end)
         except VideoError as error:
             raise VideoError(f"{printable(options.video)}: {error}") from error
-        return options.start or 0.0, video.num_frames / video.fps if options.end is None else options.end
+        return start or 0.0, video.num_frames / video.fps if end is None else end
+
+
+def _seconds(option: str, time: str | None) -> float | None:
+    from xcomp.subtitles import seconds
+
+    try:
+        return None if time is None else seconds(time)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def _say(line: str) -> None:

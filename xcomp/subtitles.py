@@ -106,14 +106,14 @@ def _times(line: str, number: int) -> tuple[float, float]:
 
 
 def seconds(time: str) -> float:
-    """ "H:M:S.s", "M:S,s" or "S" in seconds."""
+    """ "H:M:S.s", "M:S,s" or "S" in seconds; ValueError for other text."""
     parts = time.strip().replace(",", ".").split(":")
     if (
         len(parts) > 3
         or not all(re.fullmatch(r"\d+", p) for p in parts[:-1])
-        or not re.fullmatch(r"\d+(\.\d*)?", parts[-1])
+        or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", parts[-1])
     ):
-        raise ValueError(f"{time!r:.40} is no time like 00:01:02.5")
+        raise ValueError(f"{time!r:.40} is no time like 62.5 or 00:01:02.5")
     return sum(float(part) * 60**power for power, part in enumerate(reversed(parts)))
 
 
