@@ -9,6 +9,7 @@ from made_runs import ARMS, analysed, make_record, make_run, write_run
 
 from xcomp.cli import main
 from xcomp.compare.analysis import SUMMARY_SCHEMA, Options, Run, analyse, read_run, read_runs, score
+from xcomp.compare.records import event_recall, frames_in_events
 from xcomp.compare.report import write_report
 from xcomp.compare.statistics import accuracy, paired
 from xcomp.config import ConfigError
@@ -85,6 +86,24 @@ def test_tokens_given_by_the_vision_path_and_entering_the_model_are_told_apart()
         del record["tokens_given"]
         record["kept"] = {"input": 0.25, "final": 0.25, "layers": 0.25}
     assert analysed(run, records).summary.arms[0].tokens_given == 64
+
+
+@pytest.mark.parametrize(
+    "times, events, frames, recall",
+    [
+        ([1.0, 2.0, 4.0, 4.5], [[2.0, 3.0], [4.0, 5.0], [8.0, 9.0]], 3, 2 / 3),
+        ([2.5], [[2.0, 3.0], [1.0, 2.5]], 1, 1.0),  # one frame in both
+        ([0.0], [[2.0, 3.0]], 0, 0.0),
+        ([], [[2.0, 3.0]], 0, 0.0),
+        ([2.5], [], None, None),
+    ],
+)
+def test_frames_in_events_and_events_with_a_frame(times, events, frames, recall):
+    run, records = make_run(budgets=(4,), methods=ARMS[:1])
+    for record in records:
+        record |= {"times": times, "events": events}
+    assert (frames_in_events(records[0]), event_recall(records[0])) == (frames, recall)
+    assert analysed(run, records).summary.arms[0].event_recall == pytest.approx(recall)
 
 
 def test_errors_score_nothing_and_stay_out_of_costs():

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from xcomp.compare.records import read_records
+from xcomp.compare.records import event_recall, read_records
 from xcomp.compare.statistics import (
     Accuracy,
     Paired,
@@ -386,7 +386,7 @@ def _arm_summary(
         harness=harness,
         harness_share=_share(harness, amortised),
         peak_memory=_largest(ran, "peak_memory"),
-        event_recall=_mean_of(_event_recall(record) for record in ran),
+        event_recall=_mean_of(map(event_recall, ran)),
         labels=_label_accuracies(records, axes),
         official=official(records),
         published=dict(description.get("published") or {}),
@@ -399,13 +399,6 @@ def _tokens_given(record: Record) -> float | None:
         return record["tokens_given"]
     share = (record.get("kept") or {}).get("input")
     return record["tokens_in"] / share if share and record.get("tokens_in") is not None else None
-
-
-def _event_recall(record: Record) -> float | None:
-    events, times = record.get("events") or [], record.get("times") or []
-    if not events:
-        return None
-    return sum(any(start <= t <= end for t in times) for start, end in events) / len(events)
 
 
 def _label_accuracies(records: Sequence[Record], axes: Sequence[str]) -> dict[str, dict[str, Accuracy]]:

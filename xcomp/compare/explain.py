@@ -27,6 +27,7 @@ from PIL import Image
 from xcomp.answering import Answer
 from xcomp.compare.charts import Tick, round_steps
 from xcomp.compare.plots import part_label, score_curve
+from xcomp.compare.records import frames_in_events
 from xcomp.config import Decoding, Sampling
 from xcomp.decoding import DecodingPool
 from xcomp.pixels import PixelFormat
@@ -261,8 +262,7 @@ def _row(
         Thumb(f"{prefix}-{frame}", picture, frame, times[frame], round(at, 2), round(middle, 2), lane)
         for (frame, picture, at), (middle, lane) in zip(shown, places)
     ]
-    events = record.get("events") or []
-    hits = sum(any(start <= t <= stop for start, stop in events) for t in record["times"]) if events else None
+    hits = frames_in_events(record)
     names = tuple(name for name, _ in records)
     used = max((thumb.lane + 1 for thumb in thumbs), default=0)
     return Row(names, len(record["times"]), ticks, curve, dots, tuple(thumbs), used, hits, colour)

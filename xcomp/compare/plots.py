@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
 from xcomp.compare.analysis import ArmSummary, Summary
+from xcomp.compare.records import frames_in_events
 from xcomp.compare.tables import macs_unit
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
@@ -309,10 +310,8 @@ def _selection_title(rows: Sequence[SelectionRow]) -> str:
 
 
 def _hits(record: Record) -> str:
-    times, events = record["times"], record.get("events") or []
-    if not events:
-        return f"{len(times)} frames"
-    return f"{sum(any(start <= t <= end for start, end in events) for t in times)} of {len(times)} in evidence"
+    shown, hits = len(record["times"]), frames_in_events(record)
+    return f"{shown} frames" if hits is None else f"{hits} of {shown} in evidence"
 
 
 def png(figure: Figure) -> bytes:

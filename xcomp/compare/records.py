@@ -161,6 +161,23 @@ def merge_records(folder: Path, keep: Sequence[tuple[str, str]]) -> list[Record]
     return records
 
 
+def frames_in_events(record: Mapping[str, Any]) -> int | None:
+    """How many of the frames that were shown lie within the question's events; None where it has none."""
+    seen = _seen(record)
+    return sum(any(of_frame) for of_frame in zip(*seen)) if seen else None
+
+
+def event_recall(record: Mapping[str, Any]) -> float | None:
+    """The share of the question's events of which a frame was shown; None where it has none."""
+    seen = _seen(record)
+    return sum(map(any, seen)) / len(seen) if seen else None
+
+
+def _seen(record: Mapping[str, Any]) -> list[list[bool]]:
+    """Of each event, which of the frames that were shown lie within it."""
+    return [[start <= t <= end for t in record.get("times") or []] for start, end in record.get("events") or []]
+
+
 def export_frames(path: Path, records: Iterable[Record]) -> None:
     """The frames of each answered question and arm as JSON lines, as the selector ``frames_file`` reads them.
 
