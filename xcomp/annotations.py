@@ -91,7 +91,7 @@ def _bare(options: Sequence[str]) -> list[str]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def read_records(who: str, path: Path, forms: Sequence[str]) -> list[Record]:
+def read_annotations(who: str, path: Path, forms: Sequence[str]) -> list[Record]:
     """The records of a ``.json`` list, ``.jsonl`` or ``.parquet`` file, of which ``forms`` says what is taken.
 
     Raises:

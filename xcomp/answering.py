@@ -31,7 +31,7 @@ from xcomp.video import VideoError
 from xcomp.visual import VisualTokens
 
 DEFAULT_TOKENS = 16  # of an answer, where neither configuration nor benchmark bound it
-Refused = VideoError | QuestionError  # what is one question's outcome and not the end of a run
+AskError = VideoError | QuestionError  # what is one question's outcome and not the end of a run
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class Answerer:
     @torch.no_grad()
     def answer(
         self, video: VideoInFlight, queries: Sequence[Query], streamer: BaseStreamer | None = None
-    ) -> list[Answer | Refused]:
+    ) -> list[Answer | AskError]:
         """Answers in the order of the questions. What cannot be read or asked is that question's outcome."""
         try:
             choices = self.choose(video, queries)
@@ -258,7 +258,7 @@ class Answerer:
             if isinstance(error, VideoError) or len(queries) == 1:
                 return [error] * len(queries)
             return [outcome for query in queries for outcome in self.answer(video, [query], streamer)]
-        outcomes: list[Answer | Refused | None] = [None] * len(queries)
+        outcomes: list[Answer | AskError | None] = [None] * len(queries)
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, choice in enumerate(choices):
             groups.setdefault(choice.frames, []).append(number)
@@ -279,7 +279,7 @@ class Answerer:
     @torch.no_grad()
     def score(
         self, video: VideoInFlight, queries: Sequence[Query], continuations: Sequence[Sequence[str]]
-    ) -> list[list[Continuation] | Refused]:
+    ) -> list[list[Continuation] | AskError]:
         """How likely each of a question's ``continuations`` is as its answer, ``batch_size`` of them at once; what
         cannot be read or asked is that question's outcome. The frames are those that ``answer`` would choose."""
         try:
@@ -288,7 +288,7 @@ class Answerer:
             if isinstance(error, VideoError) or len(queries) == 1:
                 return [error] * len(queries)
             return [self.score(video, [query], [texts])[0] for query, texts in zip(queries, continuations)]
-        outcomes: list[list[Continuation] | Refused] = []
+        outcomes: list[list[Continuation] | AskError] = []
         for query, choice, texts in zip(queries, choices, continuations, strict=True):
             try:
                 outcomes.append(self._score_texts(video, query, choice, texts))
@@ -327,7 +327,7 @@ class Answerer:
             return self.decoder.score(replace(state, logits=state.logits.expand(len(ids), -1)), ids)
         return self.decoder.score(state.repeat(len(ids)), ids)
 
-    def _likeliest(self, video: VideoInFlight, query: Query, choice: Choice) -> Answer | Refused:
+    def _likeliest(self, video: VideoInFlight, query: Query, choice: Choice) -> Answer | AskError:
         """The continuation that is most likely as the answer: all of a question's are scored in one pass."""
         try:
             if not query.continuations:
@@ -352,7 +352,7 @@ class Answerer:
 
     def _batch(
         self, video: VideoInFlight, queries: list[Query], choices: list[Choice], streamer: BaseStreamer | None
-    ) -> list[Answer | Refused]:
+    ) -> list[Answer | AskError]:
         """Questions that are answered from the same frames; where one of several cannot be asked, each on its own."""
         frames = choices[0].frames
         try:

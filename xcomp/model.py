@@ -22,7 +22,7 @@ from transformers import get_scheduler
 from transformers.generation import BaseStreamer
 
 from xcomp.adapters import adapter_parameters, add_adapters
-from xcomp.answering import Answer, Answerer, Query, Refused
+from xcomp.answering import Answer, Answerer, AskError, Query
 from xcomp.backbone import Backbone
 from xcomp.benchmark import LETTERS, Benchmark, multiple_choice_prompt, parse_option
 from xcomp.compressor import Compressor
@@ -179,9 +179,9 @@ class VideoQA(L.LightningModule):
             answer.choice = parse_option(answer.text, options)
         return answer
 
-    def answer(self, queries: Sequence[Query]) -> list[Answer | Refused]:
+    def answer(self, queries: Sequence[Query]) -> list[Answer | AskError]:
         """Answers in the order of the queries; the questions about one video share what they can."""
-        outcomes: dict[int, Answer | Refused] = {}
+        outcomes: dict[int, Answer | AskError] = {}
         videos: dict[Any, list[int]] = {}
         for number, query in enumerate(queries):
             videos.setdefault((query.video, query.span), []).append(number)
@@ -217,7 +217,7 @@ class VideoQA(L.LightningModule):
 
     # --- Lightning --------------------------------------------------------------------------------------------------
 
-    def predict_step(self, batch: list[tuple[Any, Query]], batch_idx: int = 0) -> list[Answer | Refused]:
+    def predict_step(self, batch: list[tuple[Any, Query]], batch_idx: int = 0) -> list[Answer | AskError]:
         """Answers to (question, query) pairs; what cannot be read or asked is that query's outcome, not the end."""
         return self.answer([query for _, query in batch])
 

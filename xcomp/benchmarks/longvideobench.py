@@ -27,7 +27,7 @@ from xcomp.annotations import (
     check_record,
     find_video,
     mean_score,
-    read_records,
+    read_annotations,
 )
 from xcomp.benchmark import LETTERS, Question
 from xcomp.subtitles import Cue, read_subtitles
@@ -80,7 +80,7 @@ class LongVideoBench(Annotated):
     def questions(self) -> list[Question]:
         path = Path(self.config.annotations)
         found = []
-        for number, record in enumerate(read_records(WHO, path, (".json", ".parquet"))):
+        for number, record in enumerate(read_annotations(WHO, path, (".json", ".parquet"))):
             where = f"'{path}', record {number + 1}"
             options = _options(where, record)
             if not 0 <= record["correct_choice"] < len(options):

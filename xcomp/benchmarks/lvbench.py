@@ -27,7 +27,7 @@ from xcomp.annotations import (
     check_record,
     find_video,
     mean_score,
-    read_records,
+    read_annotations,
 )
 from xcomp.benchmark import LETTERS, Question
 
@@ -66,7 +66,7 @@ class LVBench(Annotated):
 
     def questions(self) -> list[Question]:
         path = Path(self.config.annotations)
-        records = read_records(WHO, path, (".json", ".jsonl"))
+        records = read_annotations(WHO, path, (".json", ".jsonl"))
         rows = _official(path, records) if path.suffix == ".jsonl" else _clean(path, records)
         found, times = [], Counter()
         for row in rows:

@@ -26,7 +26,7 @@ from xcomp.annotations import (
     check_record,
     find_video,
     mean_score,
-    read_records,
+    read_annotations,
 )
 from xcomp.benchmark import LETTERS, Question
 
@@ -63,7 +63,7 @@ class MLVU(Annotated):
     def questions(self) -> list[Question]:
         found = []
         for path in self._files():
-            for number, record in enumerate(read_records(WHO, path, (".json",))):
+            for number, record in enumerate(read_annotations(WHO, path, (".json",))):
                 check_record(WHO, f"'{path}', record {number + 1}", record, KEYS)
                 found.append(self._question(path.stem, number, record))
         self.note_defects(found)

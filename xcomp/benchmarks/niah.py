@@ -29,7 +29,7 @@ from typing import Any
 
 from PIL import Image
 
-from xcomp.annotations import Record, by_label, check_record, mean_score, read_records
+from xcomp.annotations import Record, by_label, check_record, mean_score, read_annotations
 from xcomp.answer_parsers import check_parser, parse_with
 from xcomp.benchmark import LETTERS, Benchmark, Question
 from xcomp.video import Video, VideoError
@@ -70,7 +70,7 @@ class NIAH(Benchmark):
     def questions(self) -> list[Question]:
         """All questions. Writes the videos that are missing."""
         path = Path(self.config.annotations)
-        records = read_records(WHO, path, (".json",))
+        records = read_annotations(WHO, path, (".json",))
         chains = isinstance(records[0], dict) and "images" in records[0]
         for number, record in enumerate(records):
             check_record(WHO, f"'{path}', record {number + 1}", record, MULTI if chains else SINGLE)

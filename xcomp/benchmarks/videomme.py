@@ -19,7 +19,7 @@ from xcomp.annotations import (
     check_record,
     find_video,
     mean_score,
-    read_records,
+    read_annotations,
 )
 from xcomp.benchmark import LETTERS, Question
 
@@ -50,7 +50,7 @@ class VideoMME(Annotated):
     def questions(self) -> list[Question]:
         path = Path(self.config.annotations)
         found = []
-        for number, record in enumerate(read_records(WHO, path, (".parquet",))):
+        for number, record in enumerate(read_annotations(WHO, path, (".parquet",))):
             where = f"'{path}', record {number + 1}"
             check_record(WHO, where, record, {"options": list} | dict.fromkeys(TEXTS, str))
             if record["answer"] not in list(LETTERS[: len(record["options"])]):

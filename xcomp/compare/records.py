@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xcomp.answering import Answer, Query, Refused
+from xcomp.answering import Answer, AskError, Query
 from xcomp.benchmark import Benchmark, Question
 from xcomp.config import ConfigError
 from xcomp.decoding import VideoInfo
@@ -34,7 +34,7 @@ def record(
     arm: str,
     question: Question,
     query: Query,
-    outcome: Answer | Refused,
+    outcome: Answer | AskError,
     benchmark: Benchmark,
     info: VideoInfo | None,
     mode: str,
