@@ -15,7 +15,6 @@ the frames that are shown are decoded, so ``sampling.rate`` may be as high as th
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from xcomp.decoding import VideoInfo
 from xcomp.inflight import VideoInFlight
 from xcomp.messages import nearest
 from xcomp.selector import Candidates, FrameQuery, FrameSelector, best, check_budget
+from xcomp.tables import json_lines
 
 KEYS = ("frames", "seconds", "scores")
 
@@ -68,18 +68,14 @@ class FramesFile(FrameSelector):
     def _read(self, path: Path) -> dict[str, list[tuple[int, dict[str, Any]]]]:
         """Lines by question, each with its number."""
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise ValueError(f"frames_file: '{path}' cannot be read: {reason}") from error
         rows: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise self._fail(number, f"no JSON ({error})") from error
+        for number, row in json_lines(text):
+            if isinstance(row, ValueError):
+                raise self._fail(number, f"no JSON ({row})") from row
             self._check(number, row)
             if self.config.arm in (None, row.get("arm")):
                 rows.setdefault(str(row.get("question_id", row.get("question"))), []).append((number, row))

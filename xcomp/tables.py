@@ -74,12 +74,26 @@ def read_rows(path: Path, problems: Problems, *, keep_empty: bool = False) -> li
     return rows
 
 
-def from_json(text: str) -> Any:
-    """JSON, but for what it is silent about: a key that stands twice, NaN and infinity are refused with ValueError."""
+def from_json(text: str, *, strict: bool = True) -> Any:
+    """The value of a text of JSON; ValueError if it is none, however deep it nests.
+
+    ``strict`` refuses what Python reads without a word: a key that stands twice, NaN and infinity.
+    """
     try:
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant) if strict else json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+def json_lines(text: str, *, strict: bool = True) -> Iterator[tuple[int, Any]]:
+    """Number, from 1, and value of each line that is not blank; a line that is no JSON has its ValueError as value."""
+    # Not splitlines: it also breaks at characters that JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, from_json(line, strict=strict)
+            except ValueError as error:
+                yield number, error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -103,17 +117,11 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json_lines(path: Path, problems: Problems) -> Iterator[Row]:
-    # Not splitlines: it also breaks at characters that JSON strings may hold.
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = from_json(line)
-        except ValueError as error:
-            problems.add(f"line {number}", f"not JSON ({error})")
-            continue
+    for number, values in json_lines(_text(path)):
         if isinstance(values, dict):
             yield Row(number, f"line {number}", values)
+        elif isinstance(values, ValueError):
+            problems.add(f"line {number}", f"not JSON ({values})")
         else:
             problems.add(f"line {number}", f"not an object of fields but {values!r:.40}")
 

@@ -128,7 +128,10 @@ def test_what_does_not_fit_is_that_questions_error(tmp_path, row, message):
         ('{"video": "v"}', "line 1: neither 'question_id' nor 'question'"),
         ('{"video": "v", "question_id": "q"}', "line 1: none of frames, seconds, scores"),
         ('{"video": "v", "question_id": "q", "frames": [1.5]}', "line 1: frames must be a list of whole numbers"),
-        ('{"video": "v", "question_id": "q", "scores": [NaN]}', "line 1: scores must be a list of numbers"),
+        ('{"video": "v", "question_id": "q", "scores": [1e999]}', "line 1: scores must be a list of numbers"),
+        ('{"video": "v", "question_id": "q", "scores": [NaN]}', r"line 1: no JSON \(NaN is no JSON\)"),
+        ('\n{"video": "v", "video": "w"}', r"line 2: no JSON \('video' stands twice\)"),
+        pytest.param("[" * 100_000, r"line 1: no JSON \(nested too deep\)", id="deep"),
         ('{"video": "nowhere/v.mp4", "question_id": "q", "frames": [1]}', "line 1: video 'nowhere/v.mp4' is not there"),
     ],
 )

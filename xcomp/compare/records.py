@@ -18,6 +18,7 @@ from xcomp.config import ConfigError
 from xcomp.decoding import VideoInfo
 from xcomp.run import write_atomically
 from xcomp.scoring import prompt_sha, verdict_on
+from xcomp.tables import json_lines
 
 RECORDS = "records.jsonl"
 Record = dict[str, Any]
@@ -129,14 +130,9 @@ def _read_lines(path: Path) -> list[tuple[int, Record]]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"'{path}' is not UTF-8 ({error.reason} at byte {error.start}); mend or delete it") from error
     records = []
-    # Every record ends its line. Not splitlines: it also breaks at characters that JSON strings may hold.
-    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"'{path}', line {number}, is not JSON ({error}); delete that line") from error
+    for number, value in json_lines(text[: text.rfind("\n") + 1], strict=False):  # every record ends its line
+        if isinstance(value, ValueError):
+            raise ConfigError(f"'{path}', line {number}, is not JSON ({value}); delete that line") from value
         right = isinstance(value, Mapping) and all(isinstance(value.get(k), kind) for k, kind in _NEEDED.items())
         if not right:
             needed = ", ".join(_NEEDED)

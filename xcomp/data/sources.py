@@ -6,7 +6,6 @@ data_root, video_read_type, media_type}``.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -25,6 +24,7 @@ from xcomp.config import ConfigError, Sampling, build_component, merged_sampling
 from xcomp.data.media import spellings
 from xcomp.data.records import KINDS, READ_TYPES, Conversation, parse_record
 from xcomp.messages import nearest
+from xcomp.tables import from_json, json_lines
 
 # Of a source: what says where its records are, what holds for each kind of it, and what holds for all.
 _PLACES = ("records", "mixture", "benchmark")
@@ -402,24 +402,16 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
         raise ConfigError(f"records file '{path}' cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"records file '{path}' is no text in UTF-8: {error}") from error
-    if path.suffix == ".jsonl":  # not splitlines: it also breaks at characters that JSON strings may hold
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"records file '{path}', line {number}", _parsed(line)
+    if path.suffix == ".jsonl":
+        yield from ((f"records file '{path}', line {n}", value) for n, value in json_lines(text, strict=False))
         return
-    records = _parsed(text)
-    if isinstance(records, ValueError):
-        raise ConfigError(f"records file '{path}' is not JSON: {records}")
+    try:
+        records = from_json(text, strict=False)
+    except ValueError as error:
+        raise ConfigError(f"records file '{path}' is not JSON: {error}") from error
     if not isinstance(records, list):
         raise ConfigError(f"records file '{path}' must hold a list of records, not a {type(records).__name__}")
     yield from ((f"records file '{path}', record {number}", record) for number, record in enumerate(records))
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return error if isinstance(error, ValueError) else ValueError("it is nested too deep")
 
 
 # --- which of its records ---------------------------------------------------------------------------------------------
