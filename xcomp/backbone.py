@@ -174,6 +174,24 @@ class Rotary:
         return Rotary(self.cos[:, :width], self.sin[:, :width])
 
 
+class RotaryTables:
+    """Rotary tables of one pass, computed anew only where the positions are new."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+        self.positions: Tensor | None = None
+        self.rotary: Rotary | None = None
+
+    def of(self, layout: TokenLayout) -> Rotary:
+        """Tables of a layout's positions."""
+        positions = self.backbone.positions(layout)
+        width = positions.shape[-1]
+        if self.positions is None or not torch.equal(self.positions[..., :width], positions):
+            self.positions = positions
+            self.rotary = Rotary(*self.backbone.rotary(positions.to(self.backbone.device)))
+        return self.rotary.first(width)
+
+
 def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
     """Key or value heads (B, H_kv, S, K) repeated for grouped queries → (B, H, S, K)."""
     return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)

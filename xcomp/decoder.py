@@ -23,20 +23,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from xcomp.backbone import Backbone, FrameText, QuestionError, Rotary
-from xcomp.compressor import (
-    RULES,
-    Compressor,
-    DecodingStep,
-    LayerOutput,
-    QuestionTokens,
-    Reduction,
-    defines,
-)
-from xcomp.contract import blamed, check_compressed, check_keep, check_plan, check_reduction, name_of
+from xcomp.backbone import Backbone, FrameText, QuestionError, Rotary, RotaryTables
+from xcomp.compressor import Compressor, DecodingStep, QuestionTokens, defines
+from xcomp.contract import blamed, check_compressed, check_keep, check_plan, name_of
 from xcomp.cost import LLMShape, appended_layers, counted_layers, pass_cost, planned_layers
 from xcomp.generation import generate
 from xcomp.layout import TextBehind, TokenLayout, gather
+from xcomp.rules import Rules, select
 from xcomp.visual import VisualTokens
 
 DROP_EARLY = ("auto", "off", "output", "query")
@@ -502,13 +495,15 @@ class Decoder:
         plan = self.plan(tokens_per_frame)
         if plan is None and not any(layout.visual_counts):  # text alone: nothing can leave
             plan = [tuple(range(tokens_per_frame))] * self.backbone.num_layers
+        tables = RotaryTables(self.backbone)
         if plan is None:
-            rules = _Rules(self, hidden, layout, wanted, state)
+            rules = Rules(self.compressor, self.backbone, tables, hidden, layout)
+            if state is not None:
+                state.rule_macs = rules.macs
             hidden, layout, wanted = rules.reduce("before_layers", -1, hidden, rules.layout, wanted)
         else:
-            index, layout, wanted = _reduce(layout, layout.keep_slots(plan[0], tokens_per_frame), wanted)
+            index, layout, wanted = select(layout, layout.keep_slots(plan[0], tokens_per_frame), wanted)
             hidden = hidden if index is None else gather(hidden, index)
-        tables = _Tables(self.backbone)
         cache = None if state is None else state.cache
         for layer in range(self.stop_layer):
             rotary = tables.of(layout)
@@ -521,20 +516,50 @@ class Decoder:
                     return None
                 return self._layer(layer, hidden, rotary, cache, layout, wanted, wanted)
             if plan is None:
-                hidden, layout, wanted = rules.layer(layer, hidden, rotary, cache, layout, wanted, observe)
+                args = layer, hidden, rotary, cache, layout, wanted, observe
+                hidden, layout, wanted = self._layer_under_rules(rules, *args, state)
                 continue
-            index = kept = None
+            index = after = None
             if len(plan[layer + 1]) < len(plan[layer]):
-                index, kept, wanted = _reduce(layout, layout.keep_slots(plan[layer + 1], tokens_per_frame), wanted)
+                index, after, wanted = select(layout, layout.keep_slots(plan[layer + 1], tokens_per_frame), wanted)
             outputs = None if self.drop_early == "off" else index
             queries = outputs if self.drop_early == "query" else None
             hidden = self._layer(layer, hidden, rotary, cache, layout, queries, outputs, observe)
             if state is not None:
-                state.outputs.append((layout if outputs is None else kept).counts)
+                state.outputs.append((layout if outputs is None else after).counts)
             if index is not None:
                 hidden = gather(hidden, index) if outputs is None else hidden
-                layout = kept
+                layout = after
         raise AssertionError("a language model has at least one layer")
+
+    def _layer_under_rules(
+        self,
+        rules: Rules,
+        layer: int,
+        hidden: Tensor,
+        rotary: Rotary,
+        cache: DynamicCache | None,
+        layout: TokenLayout,
+        wanted: Tensor,
+        observe: Callable[[Tensor, Tensor], None] | None,
+        state: State | None,
+    ) -> tuple[Tensor, TokenLayout, Tensor]:
+        """One whole layer, with what rules that look at the data take away in it and after it: hidden states, layout
+        and wanted positions."""
+        args = (hidden, rotary, cache, layout, None, None, observe)
+        between = "after_attention" in rules.asked
+        run = partial(self._checkpointed, self._attention_half) if between else self._layer
+        given, hidden = hidden, run(layer, *args)
+        keys = None if cache is None else cache.layers[layer].keys
+        if between:
+            before = layout
+            hidden, layout, wanted = rules.reduce("after_attention", layer, hidden, layout, wanted, given, keys)
+            hidden = self._checkpointed(self.backbone.add_mlp, layer, hidden)
+            if layout is not before:
+                given = keys = None
+        if state is not None:
+            state.outputs.append(layout.counts)
+        return rules.reduce("after_layer", layer, hidden, layout, wanted, given, keys)
 
     def _append(
         self, hidden: Tensor, new: TokenLayout, state: State, *, decoding: bool = False, every: bool = False
@@ -669,123 +694,6 @@ class Decoder:
         if cache is not None:
             keys, values = cache.update(keys, values, layer)
         return normed, keys, values
-
-
-class _Rules:
-    """The rules of a compressor that looks at the data, through one pass."""
-
-    def __init__(self, decoder: Decoder, hidden: Tensor, layout: TokenLayout, wanted: Tensor, state: State | None):
-        self.decoder, self.compressor, self.state = decoder, decoder.compressor, state
-        self.layout = layout.with_positions() if self.compressor.keeps_positions else layout
-        self.asked = [name for name in RULES if defines(self.compressor, name)]
-        self.embeddings, self.memory = hidden, {}
-        self.tables = _Tables(decoder.backbone)
-
-    def layer(
-        self,
-        layer: int,
-        hidden: Tensor,
-        rotary: Rotary,
-        cache: DynamicCache | None,
-        layout: TokenLayout,
-        wanted: Tensor,
-        observe: Callable[[Tensor, Tensor], None] | None,
-    ) -> tuple[Tensor, TokenLayout, Tensor]:
-        """One whole layer, with what leaves in it and after it."""
-        decoder, given = self.decoder, (hidden, None if cache is None else layer)
-        keys = None
-        if "after_attention" in self.asked:
-            args = (layer, hidden, rotary, cache, layout, None, None, observe)
-            hidden = decoder._checkpointed(decoder._attention_half, *args)
-            keys = None if cache is None else cache.layers[layer].keys
-            before = layout
-            hidden, layout, wanted = self.reduce("after_attention", layer, hidden, layout, wanted, given[0], keys)
-            given = given if layout is before else None
-            hidden = decoder._checkpointed(decoder.backbone.add_mlp, layer, hidden)
-        else:
-            hidden = decoder._layer(layer, hidden, rotary, cache, layout, None, None, observe)
-            keys = None if cache is None else cache.layers[layer].keys
-        if self.state is not None:
-            self.state.outputs.append(layout.counts)
-        known = (None, None) if given is None else (given[0], keys)
-        return self.reduce("after_layer", layer, hidden, layout, wanted, *known)
-
-    def reduce(
-        self,
-        method: str,
-        layer: int,
-        hidden: Tensor,
-        layout: TokenLayout,
-        wanted: Tensor,
-        layer_input: Tensor | None = None,
-        layer_keys: Tensor | None = None,
-    ) -> tuple[Tensor, TokenLayout, Tensor]:
-        """Hidden states, layout and wanted positions after the rule ``method``."""
-        if method not in self.asked:
-            return hidden, layout, wanted
-        backbone, who = self.decoder.backbone, name_of("compressor", self.compressor)
-        output = LayerOutput(
-            layer, backbone.num_layers, hidden, layout, backbone, self.tables.of(layout), wanted[:, 0],
-            self.layout.visual_counts, self.embeddings, self.layout, self.memory, layer_input, layer_keys,
-        )  # fmt: skip
-        with blamed(who, self.compressor, method):
-            found = getattr(self.compressor, method)(output)
-        if self.state is not None:
-            for macs in output.macs:
-                self.state.rule_macs = [a + b for a, b in zip(self.state.rule_macs, macs.tolist())]
-        if found is None:
-            return hidden, layout, wanted
-        if not isinstance(found, Reduction):
-            check_keep(who, found, layout, method)
-            index, layout, wanted = _reduce(layout, found.cpu() | ~layout.visual, wanted)
-            return hidden if index is None else gather(hidden, index), layout, wanted
-        check_reduction(who, found, layout, hidden.shape[-1], method)
-        index = pad_sequence([order.cpu() for order in found.order], batch_first=True)
-        counts = torch.tensor([len(order) for order in found.order])
-        real = torch.arange(index.shape[1]) < counts.unsqueeze(1)
-        taken = layout.take(index, real)
-        if found.size is not None:
-            size = pad_sequence([size.float().cpu() for size in found.size], batch_first=True, padding_value=1.0)
-            taken = replace(taken, size=size)
-        after = torch.zeros_like(layout.slot).scatter_(1, index, torch.arange(index.shape[1]) * real)
-        # Of a position that left, the last one before it that stays: what now stands before the text that follows.
-        stays = torch.zeros_like(layout.real)
-        stays[torch.arange(len(index)).unsqueeze(1).expand_as(index)[real], index[real]] = True
-        last = torch.arange(layout.width).expand_as(stays).masked_fill(~stays, 0).cummax(1).values
-        wanted = after.gather(1, last.gather(1, wanted))
-        if found.hidden is None:
-            return gather(hidden, index), taken, wanted
-        return pad_sequence(list(found.hidden), batch_first=True).to(hidden.dtype), taken, wanted
-
-
-class _Tables:
-    """Rotary tables of one pass, computed anew only where the positions are new."""
-
-    def __init__(self, backbone: Backbone):
-        self.backbone = backbone
-        self.positions: Tensor | None = None
-        self.rotary: Rotary | None = None
-
-    def of(self, layout: TokenLayout) -> Rotary:
-        """Tables of a layout's positions."""
-        positions = self.backbone.positions(layout)
-        width = positions.shape[-1]
-        if self.positions is None or not torch.equal(self.positions[..., :width], positions):
-            self.positions = positions
-            self.rotary = Rotary(*self.backbone.rotary(positions.to(self.backbone.device)))
-        return self.rotary.first(width)
-
-
-def _reduce(
-    layout: TokenLayout, keep: Tensor, wanted: Tensor | None
-) -> tuple[Tensor | None, TokenLayout, Tensor | None]:
-    """Indices that stay (None if all do), the layout after, and the wanted positions renumbered."""
-    if bool((keep == layout.real).all()):
-        return None, layout, wanted
-    index, kept = layout.select(keep)
-    if wanted is not None:
-        wanted = (keep.cumsum(1) - 1).gather(1, wanted)
-    return index, kept, wanted
 
 
 def _told(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
