@@ -38,17 +38,16 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from xcomp.backbone import Backbone, Prompt, ShownVideo, attention_probabilities, watched_layer
+from xcomp.backbone import Backbone, Prompt, ShownVideo, attention_probabilities, encode_watched
 from xcomp.checkpoint import (
     build_model,
-    check_ids,
     check_options,
+    check_prompt_ids,
+    describe_model,
     end_ids,
-    find_folder,
     load_tokenizer,
     pixel_numbers,
     processor_numbers,
-    read_config,
     require_tokenizer,
     save_model,
     transformers_config,
@@ -181,11 +180,7 @@ class LlavaNextVideo(Backbone):
         super().__init__()
         self.config = config
         check_options(config, frame_batch=config.frame_batch)
-        folder = find_folder(config.checkpoint, weights=config.device != "meta")
-        content = config.architecture if folder is None else read_config(folder, " or ".join(MODELS))
-        where = "architecture" if folder is None else f"'{folder / 'config.json'}'"
-        with within(where):
-            found = model_config(dict(content), where)
+        folder, _, where, found = describe_model(config, " or ".join(MODELS), model_config)
         self._folder = folder
         self._numbers = processor_numbers(folder, default_numbers(found.vision_config.image_size))
         with within(where if folder is None else f"'{folder}'"):
@@ -243,16 +238,10 @@ class LlavaNextVideo(Backbone):
         index = index if isinstance(index, int) else index[-1]
         layers = [module for module in self.model.model.vision_tower.modules() if hasattr(module, "self_attn")]
         layer = layers[index - 1 if index > 0 else index]
-        tokens, parts = [], []
-        with watched_layer(layer) as seen:
-            for frames in pixels.split(self.config.frame_batch):
-                tokens.append(self._tokens(frames))
-                parts.append(self._tower(layer.self_attn.head_dim, **seen))
-        return torch.cat(tokens), {name: torch.cat([part[name] for part in parts]) for name in features}
+        return encode_watched(layer, pixels.split(self.config.frame_batch), self._tokens, self._tower, features)
 
-    def _tower(self, head_dim: int, q: Tensor, k: Tensor, hidden: Tensor) -> dict[str, Tensor]:
-        """Of ``q``, ``k`` and ``hidden`` (T, S, W) of a tower's layer, S with a class token if there is one."""
-        queries, keys = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k))
+    def _tower(self, queries: Tensor, keys: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Of queries, keys (T, H, S, K) and output (T, S, W) of a layer, S with a class token if there is one."""
         attention = torch.cat([attention_probabilities(*pair) for pair in zip(queries.split(1), keys.split(1))])
         received, keys = attention.mean((1, 2)), keys.float().mean(1)
         if "cls_attention" not in self.tower_features:
@@ -295,16 +284,11 @@ class LlavaNextVideo(Backbone):
 
     def _set_up_words(self) -> None:
         """Find out once how prompts are written."""
-        placeholder = self.model.config.video_token_id
-        check_token(self.tokenizer, self.config.tokenizer or self._folder, VIDEO, placeholder, "video_token_index")
+        place, placeholder = self.config.tokenizer or self._folder, self.model.config.video_token_id
+        check_token(self.tokenizer, place, VIDEO, placeholder, "video_token_index")
         self.format = chat_format(self.tokenizer, VIDEO, FORMATS[self.text_config.model_type])
         self._chat = Chat(self.tokenizer, self.format, VIDEO)
-        prompt = self._chat.prompt("?")
-        check_ids(
-            [*prompt.prefix_ids.tolist(), *prompt.suffix_ids.tolist()],
-            self.text_config.vocab_size,
-            self.config.tokenizer or self._folder,
-        )
+        check_prompt_ids(self._chat.prompt("?"), self.text_config.vocab_size, place)
         self.message_tokens = self._chat.message_tokens + (self.newline is not None)
 
     @property

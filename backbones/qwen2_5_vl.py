@@ -37,14 +37,13 @@ from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.checkpoint import (
     build_model,
-    check_ids,
     check_options,
+    check_prompt_ids,
+    describe_model,
     end_ids,
-    find_folder,
     load_tokenizer,
     pixel_numbers,
     processor_numbers,
-    read_config,
     require_tokenizer,
     save_model,
     transformers_config,
@@ -169,11 +168,7 @@ class Qwen25VL(Backbone):
         super().__init__()
         self.config = config
         check_options(config, clip_batch=config.clip_batch)
-        folder = find_folder(config.checkpoint, weights=config.device != "meta")
-        content = config.architecture if folder is None else read_config(folder, "Qwen2.5-VL")
-        where = "architecture" if folder is None else f"'{folder / 'config.json'}'"
-        with within(where):
-            found = model_config(dict(content), where)
+        folder, content, where, found = describe_model(config, "Qwen2.5-VL", model_config)
         vision = found.vision_config
         self.merged_frames = self.clip_frames = vision.temporal_patch_size
         factor = vision.patch_size * vision.spatial_merge_size
@@ -240,18 +235,13 @@ class Qwen25VL(Backbone):
 
     def _set_up_words(self) -> None:
         """Find out once how prompts are written."""
+        place = self.config.tokenizer or self._folder
         for token, key in TOKENS.items():
-            place = self.config.tokenizer or self._folder
             check_token(self.tokenizer, place, token, getattr(self.model.config, key), key)
         around = OPENING, CLOSING
         self.format = check_format(chat_format(self.tokenizer, VIDEO, chatml(*around), around=around))
         self._chat = Chat(self.tokenizer, self.format, VIDEO)
-        prompt = self._chat.prompt("?")
-        check_ids(
-            [*prompt.prefix_ids.tolist(), *prompt.suffix_ids.tolist()],
-            self.text_config.vocab_size,
-            self.config.tokenizer or self._folder,
-        )
+        check_prompt_ids(self._chat.prompt("?"), self.text_config.vocab_size, place)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -41,17 +41,16 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from transformers import PreTrainedConfig, SmolVLMForConditionalGeneration
 
-from xcomp.backbone import Backbone, FrameText, Prompt, ShownVideo, attention_probabilities, watched_layer
+from xcomp.backbone import Backbone, FrameText, Prompt, ShownVideo, attention_probabilities, encode_watched
 from xcomp.checkpoint import (
     build_model,
-    check_ids,
     check_options,
+    check_prompt_ids,
+    describe_model,
     end_ids,
-    find_folder,
     load_tokenizer,
     pixel_numbers,
     processor_numbers,
-    read_config,
     require_tokenizer,
     save_model,
     transformers_config,
@@ -175,11 +174,7 @@ class SmolVLM(Backbone):
         super().__init__()
         self.config = config
         check_options(config, frame_batch=config.frame_batch)
-        folder = find_folder(config.checkpoint, weights=config.device != "meta")
-        content = config.architecture if folder is None else read_config(folder, "SmolVLM2")
-        where = "architecture" if folder is None else f"'{folder / 'config.json'}'"
-        with within(where):
-            found = model_config(dict(content), where)
+        folder, _, where, found = describe_model(config, "SmolVLM2", model_config)
         size = found.vision_config.image_size
         self._folder = folder
         self._numbers = processor_numbers(folder, default_numbers(size))
@@ -231,16 +226,10 @@ class SmolVLM(Backbone):
         that they receive.
         """
         layer = self.model.model.vision_model.encoder.layers[-1]
-        tokens, parts = [], []
-        with watched_layer(layer) as seen:
-            for frames in pixels.split(self.config.frame_batch):
-                tokens.append(self._tokens(frames))
-                parts.append(self._tower(layer.self_attn.head_dim, **seen))
-        return torch.cat(tokens), {name: torch.cat([part[name] for part in parts]) for name in features}
+        return encode_watched(layer, pixels.split(self.config.frame_batch), self._tokens, self._tower, features)
 
-    def _tower(self, head_dim: int, q: Tensor, k: Tensor, hidden: Tensor) -> dict[str, Tensor]:
-        """Of ``q``, ``k`` and ``hidden`` (T, P, W) of a layer."""
-        queries, keys = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k))
+    def _tower(self, queries: Tensor, keys: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Of queries and keys (T, H, P, K) and the output (T, P, W) of a layer."""
         pairs = zip(queries.split(1), keys.split(1))
         received = torch.cat([attention_probabilities(*pair).mean((1, 2)) for pair in pairs])
         pooled = self._pool(received.unsqueeze(-1)).squeeze(-1)
@@ -269,10 +258,7 @@ class SmolVLM(Backbone):
         check_token(self.tokenizer, place, IMAGE, image, "image_token_id")
         check_known(self.tokenizer, place, (AROUND, WHOLE, STOP))
         self.message_tokens = len(self._ids(f"{BEHIND}What")) - len(self._ids("What"))
-        prompt = self.prompt("?", ShownVideo(1.0, 1))
-        texts = [ids for text in prompt.frame_texts for ids in text]
-        used = torch.cat([prompt.prefix_ids, *texts, prompt.suffix_ids]).tolist()
-        check_ids(used, self.text_config.vocab_size, place)
+        check_prompt_ids(self.prompt("?", ShownVideo(1.0, 1)), self.text_config.vocab_size, place)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

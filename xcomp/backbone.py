@@ -11,7 +11,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -143,6 +143,27 @@ def watched_layer(layer: nn.Module) -> Iterator[dict[str, Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def encode_watched(
+    layer: nn.Module,
+    batches: Iterable[Tensor],
+    encode: Callable[[Tensor], Tensor],
+    describe: Callable[[Tensor, Tensor, Tensor], Mapping[str, Tensor]],
+    features: Sequence[str],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What :meth:`Backbone.encode_with` returns, where a tower is built as transformers builds them.
+
+    ``encode`` makes tokens of each of the ``batches`` of frames, and ``describe`` the features, from what ``layer`` of
+    the tower had for them: queries and keys (T, H, P, K), and its output (T, P, W).
+    """
+    tokens, parts = [], []
+    with watched_layer(layer) as seen:
+        for frames in batches:
+            tokens.append(encode(frames))
+            queries, keys = (seen[x].unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2) for x in "qk")
+            parts.append(describe(queries, keys, seen["hidden"]))
+    return torch.cat(tokens), {name: torch.cat([part[name] for part in parts]) for name in features}
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -28,7 +29,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
-from xcomp.backbone import check_device
+from xcomp.backbone import Prompt, check_device
 from xcomp.shipped import built_in
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -308,6 +309,28 @@ def read_config(folder: Path, needed: str) -> dict[str, Any]:
     return read_json(path)
 
 
+class Described(NamedTuple):
+    """The model that a backbone's options name: its checkpoint's folder (None: random weights), config.json's
+    ``content`` and, for errors, ``where`` that stands, and what the backbone's own reader makes of it."""
+
+    folder: Path | None
+    content: dict[str, Any]
+    where: str
+    config: PreTrainedConfig
+
+
+def describe_model(options: Any, needed: str, read: Callable[[dict[str, Any], str], PreTrainedConfig]) -> Described:
+    """What a backbone's ``Config`` says in ``checkpoint`` or ``architecture``, read by ``read(content, where)``.
+
+    ``needed`` says in words of what model a checkpoint should be. Any error is a ValueError that names the place.
+    """
+    folder = find_folder(options.checkpoint, weights=options.device != "meta")
+    content = options.architecture if folder is None else read_config(folder, needed)
+    where = "architecture" if folder is None else f"'{folder / 'config.json'}'"
+    with within(where):
+        return Described(folder, content, where, read(dict(content), where))
+
+
 def check_sizes(content: Any, where: str) -> None:
     """ValueError unless counts, sizes, small numbers and activations in a config.json are such; a size may be null."""
     for key, value in content.items() if isinstance(content, Mapping) else enumerate(content):
@@ -583,6 +606,11 @@ def check_ids(ids: Iterable[int], vocab_size: int, place: Any) -> None:
             f"tokenizer '{place}' uses the id {last}, but the language model knows {vocab_size} tokens; "
             "give the tokenizer of this checkpoint"
         )
+
+
+def check_prompt_ids(prompt: Prompt, vocab_size: int, place: Any) -> None:
+    """:func:`check_ids` of all ids of a prompt: what a chat format, not the question, is made of."""
+    check_ids([*chain(*prompt.before_question), *prompt.suffix_ids.tolist()], vocab_size, place)
 
 
 def require_tokenizer(tokenizer: Any) -> None:
