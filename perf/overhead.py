@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from measure import about, write
 
-from xcomp.compare.records import read_records
+from xcomp.compare.records import read_run_records
 from xcomp.compare.runner import Comparison, compare
 from xcomp.config import load_config
 from xcomp.ledger import STAGES, Ledger
@@ -35,7 +35,7 @@ def ask(folder: Path, name: str, videos: int, batch: int) -> list[dict[str, Any]
     options = [f"benchmark.num_videos={videos}", f"batch_size={batch}", "trainer.enable_progress_bar=false"]
     with redirect_stdout(io.StringIO()):
         compare(load_config("demo", [*options, f"name={name}", f"output={folder}"]))
-    return read_records(folder / name)
+    return read_run_records(folder / name)
 
 
 def shares_of(records: list[dict[str, Any]]) -> dict[str, float]:

@@ -338,9 +338,9 @@ def compare(kills: int, seed: int, place: Path) -> list[dict[str, Any]]:
 
 
 def num_answered(folder: Path) -> int:
-    from xcomp.compare.records import read_records
+    from xcomp.compare.records import read_run_records
 
-    return sum(not line.get("error") for line in read_records(folder))
+    return sum(not line.get("error") for line in read_run_records(folder))
 
 
 def same_comparison(folder: Path, whole: Path) -> dict[str, str]:

@@ -182,11 +182,11 @@ def _whether_all_asked(folder: Path) -> int:
     """Exit status of a run that came to its end: 1 if some questions could not be asked."""
     from lightning.pytorch.utilities import rank_zero_only
 
-    from xcomp.compare.records import read_records
+    from xcomp.compare.records import read_run_records
     from xcomp.compare.runner import num_failed
 
     # The first process tells for all: launchers take another's status for a failure of the launch.
-    return int(rank_zero_only.rank == 0 and num_failed(read_records(folder)) > 0)
+    return int(rank_zero_only.rank == 0 and num_failed(read_run_records(folder)) > 0)
 
 
 def _cost(options: argparse.Namespace) -> None:

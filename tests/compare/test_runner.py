@@ -11,7 +11,7 @@ from xcomp.cli import main
 from xcomp.compare import runner
 from xcomp.compare.analysis import Run, analyse, read_run
 from xcomp.compare.arms import resolve_arms
-from xcomp.compare.records import read_records
+from xcomp.compare.records import read_run_records
 from xcomp.compare.runner import compare, evaluate
 from xcomp.config import ConfigError, build_component, parse_config
 
@@ -169,8 +169,8 @@ def test_a_line_that_is_not_json_is_named(tmp_path):
     for wrong, what in (("nonsense", "is not JSON"), ('{"arm": "b"}', "is no record"), ("[]", "is no record")):
         (tmp_path / "records.jsonl").write_text(f"{line}\n{wrong}\n{line}\n")
         with pytest.raises(ConfigError, match=f"records.jsonl', line 2, {what}"):
-            read_records(tmp_path)
-    assert read_records(tmp_path / "nothing") == []
+            read_run_records(tmp_path)
+    assert read_run_records(tmp_path / "nothing") == []
 
 
 # --- broken videos ----------------------------------------------------------------------------------------------------

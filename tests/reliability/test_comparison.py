@@ -19,7 +19,7 @@ from PIL import Image
 
 from xcomp.cli import main
 from xcomp.compare import runner
-from xcomp.compare.records import read_records
+from xcomp.compare.records import read_run_records
 from xcomp.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -210,13 +210,13 @@ def test_doubled_records_that_agree_are_one(sound, tmp_path, capsys):
     path, folder = sound
     assert main(["compare", str(path)]) == 0
     records = folder / "records.jsonl"
-    lines, once = records.read_text().splitlines(keepends=True), read_records(folder)
+    lines, once = records.read_text().splitlines(keepends=True), read_run_records(folder)
     table = capsys.readouterr().out
     records.write_text("".join(lines + lines[2:5]))
     again = json.loads(lines[0])
     again["seconds"] = {stage: 9.0 for stage in again["seconds"]}
     (folder / "records.rank1.jsonl").write_text(json.dumps(again) + "\n" + lines[1])
-    assert sorted(map(str, map(untimed, read_records(folder)))) == sorted(map(str, map(untimed, once)))
+    assert sorted(map(str, map(untimed, read_run_records(folder)))) == sorted(map(str, map(untimed, once)))
     asked(tmp_path)
     assert main(["compare", str(path)]) == 0 and not asked(tmp_path)
     assert "4 questions on 4 videos" in table and "4 questions on 4 videos" in capsys.readouterr().out
@@ -229,4 +229,4 @@ def test_doubled_records_that_differ_are_told(sound):
     other = json.loads(records.read_text().splitlines()[3]) | {"text": "something else"}
     records.write_text(records.read_text() + json.dumps(other) + "\n")
     with pytest.raises(ConfigError, match=r"records.jsonl', line 9: question 'q3' of arm 'whole' has another answer"):
-        read_records(folder)
+        read_run_records(folder)

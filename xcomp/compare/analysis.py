@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from xcomp.compare.records import event_recall, read_records
+from xcomp.compare.records import event_recall, read_run_records
 from xcomp.compare.statistics import (
     Accuracy,
     Paired,
@@ -287,7 +287,7 @@ def read_run(folder: str | Path) -> Run:
     schema = about.get("schema") if isinstance(about, dict) else None
     if schema != SCHEMA:
         raise ConfigError(f"{path} has schema {schema!r}; this version reads {SCHEMA}")
-    records = read_records(folder)
+    records = read_run_records(folder)
     if not records:
         raise ConfigError(f"{folder / 'records.jsonl'} has no records: the run has not answered a question yet")
     return Run(folder, about, records)

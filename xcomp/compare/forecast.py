@@ -24,7 +24,7 @@ from xcomp.answering import Answerer, Query
 from xcomp.backbone import Backbone, ShownVideo
 from xcomp.benchmark import Benchmark, Question, multiple_choice_prompt
 from xcomp.compare.arms import ResolvedArm, resolve_arms
-from xcomp.compare.records import read_records
+from xcomp.compare.records import read_run_records
 from xcomp.compare.stand_in import missing_weights, stand_in
 from xcomp.compressor import Chain, Compressor, defines
 from xcomp.config import ConfigError, RunConfig, build_component, split_component
@@ -456,7 +456,7 @@ def _print_time(
     decode_seconds: float | None,
     console: Console,
 ) -> None:
-    here, records = set(found), read_records(config.folder) if config.folder.is_dir() else []
+    here, records = set(found), read_run_records(config.folder) if config.folder.is_dir() else []
     done = {(r["arm"], r["question_id"]) for r in records if not r.get("error")}
     left = {a.name: [q for q in questions if q.video in here and (a.name, q.id) not in done] for a in arms}
     count = sum(map(len, left.values()))

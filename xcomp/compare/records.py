@@ -1,8 +1,8 @@
 """``records.jsonl``: one line an answered question, written as a run goes, and what a run that goes on makes of it.
 
 With several processes each writes a file of its own, ``records.rank<r>.jsonl``; they become part of ``records.jsonl``
-when the run ends or is started again. Everything that reads a run reads :func:`read_records`, so a run can be looked at
-while it goes on.
+when the run ends or is started again. Everything that reads a run calls :func:`read_run_records`, so a run can be
+looked at while it goes on.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def append_records(path: Path, records: Iterable[Record]) -> None:
         file.writelines(json.dumps(line) + "\n" for line in records)
 
 
-def read_records(folder: Path) -> list[Record]:
+def read_run_records(folder: Path) -> list[Record]:
     """All records of a run so far, one for each arm and question: of several the last that holds an answer.
 
     A line that an interruption cut short does not count.
@@ -147,7 +147,7 @@ def merge_records(folder: Path, keep: Sequence[tuple[str, str]]) -> list[Record]
     Records of other arms and questions stay, behind them.
     """
     order = {key: place for place, key in enumerate(keep)}
-    records = sorted(read_records(folder), key=lambda r: order.get((r["arm"], r["question_id"]), len(order)))
+    records = sorted(read_run_records(folder), key=lambda r: order.get((r["arm"], r["question_id"]), len(order)))
     text = "".join(json.dumps(line) + "\n" for line in records)
     path = folder / RECORDS
     if records and not (path.is_file() and path.read_text(encoding="utf-8") == text):

@@ -37,7 +37,7 @@ from xcomp.compare.records import (
     export_frames,
     merge_records,
     rank_file,
-    read_records,
+    read_run_records,
     record,
 )
 from xcomp.compare.report import report_folder, write_report
@@ -167,7 +167,7 @@ class Comparison:
     def _check_answered(self) -> None:
         """ConfigError if a question that has an answer in the run folder has changed since."""
         asked = {question.id: question for question in self.questions}
-        for line in read_records(self.config.folder):
+        for line in read_run_records(self.config.folder):
             question = asked.get(line["question_id"])
             if question is None or line.get("error") or "options" not in line:
                 continue
@@ -257,7 +257,7 @@ class Comparison:
 
     def open_tasks(self, arms: Sequence[ResolvedArm]) -> list[VideoTask]:
         """The videos about which some of the arms have questions without an answer."""
-        answered = {(r["arm"], r["question_id"]) for r in read_records(self.config.folder) if not r.get("error")}
+        answered = {(r["arm"], r["question_id"]) for r in read_run_records(self.config.folder) if not r.get("error")}
         tasks: dict[Any, VideoTask] = {}
         for question in self.questions:
             open_arms = [arm.name for arm in arms if (arm.name, question.id) not in answered]
