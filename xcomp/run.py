@@ -92,6 +92,10 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
+class RunInUse(ConfigError):
+    """Another process holds the run folder."""
+
+
 @contextmanager
 def hold_run(folder: Path) -> Iterator[None]:
     """Keep every other process out of a run folder.
@@ -100,7 +104,7 @@ def hold_run(folder: Path) -> Iterator[None]:
     the hold with the process, however that ends; files that such a process was writing are taken away by the next.
 
     Raises:
-        ConfigError: if another process holds it; the message says which one, and since when.
+        RunInUse: if another process holds it; the message says which one, and since when.
     """
     from filelock import FileLock, Timeout
 
@@ -110,7 +114,7 @@ def hold_run(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ConfigError(f"run folder '{folder}' is in use by {_holder(holder)}") from error
+        raise RunInUse(f"run folder '{folder}' is in use by {_holder(holder)}") from error
     try:
         about = {"host": socket.gethostname(), "process": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
         write_atomically(holder, json.dumps(about))

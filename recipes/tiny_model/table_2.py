@@ -4,7 +4,8 @@
     python recipes/tiny_model/table_2.py tune.steps=600  # any key of the config can be overridden
 
 An arm's model is tuned on the arm's compressor from the run's backbone, into the folder that the arm's checkpoint
-names. What is tuned already is not tuned again, and what was stopped goes on.
+names. What is tuned already is not tuned again, and what was stopped goes on. Started several times at once (on
+several GPUs, say), each process takes the next arm that no other is at; the last one compares.
 """
 
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from xcomp.compare.arms import resolve_arms
 from xcomp.compare.runner import compare
 from xcomp.config import Curriculum, Distillation, load_config
+from xcomp.run import RunInUse
 from xcomp.tuning import tune
 
 # What an arm's tuning has beside its compressor, by a word of its name.
@@ -22,7 +24,7 @@ MORE = {"curriculum": {"curriculum": Curriculum()}, "distillation": {"distillati
 
 def main() -> None:
     config = load_config("tiny_model/table_2", sys.argv[1:])
-    arms = [arm for arm in resolve_arms(config) if arm.seed is not None]
+    arms, elsewhere = [arm for arm in resolve_arms(config) if arm.seed is not None], []
     for seed in sorted({arm.seed for arm in arms}):  # so that a run that is cut short has whole seeds
         for arm in arms:
             if arm.seed == seed:
@@ -30,8 +32,13 @@ def main() -> None:
                 more = next((more for word, more in MORE.items() if word in arm.name), {})
                 own = {"compressor": arm.compressor, "seed": seed, "arms": [], "reference": None}
                 own |= {"output": str(model.parent.parent), "name": model.parent.name}
-                tune(replace(config, **own, tune=replace(config.tune, **more)))
-                print(f"{arm.name}: {model}", flush=True)
+                try:
+                    tune(replace(config, **own, tune=replace(config.tune, **more)))
+                    print(f"{arm.name}: {model}", flush=True)
+                except RunInUse as error:
+                    elsewhere.append(str(error))
+    if elsewhere:
+        sys.exit(f"nothing is left to tune here; not compared yet: {'; '.join(elsewhere)}")
     compare(config)
 
 
