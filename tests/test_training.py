@@ -116,12 +116,25 @@ class Noticing(Callback):
         module.log("mine", self.value * trainer.global_step)
 
 
-def test_early_stopping_ends_a_run_whose_model_is_the_best_one(make):
+class Remembering(Callback):
+    """A callback whose state no checkpoint can hold."""
+
+    def state_dict(self):
+        return {"where": Path("/tmp")}
+
+
+def test_a_callback_whose_state_could_not_be_read_again_is_refused_at_once(make):
+    with pytest.raises(ConfigError, match="callback Remembering has a state of more than tensors, numbers and text"):
+        run(make("run", callbacks=[{"name": "test_training:Remembering"}]))
+
+
+def test_early_stopping_ends_a_run_whose_model_is_the_best_one(make, capsys):
     callbacks = [{"name": "EarlyStopping", "monitor": "mine", "patience": 1, "mode": "min"},
                  {"name": "test_training:Noticing", "value": 2.0},
                  {"name": "ModelCheckpoint", "monitor": "validation/loss", "save_weights_only": True}]  # fmt: skip
-    model = run(make("run", callbacks=callbacks, validation=True, steps=40, learning_rate=0.05, export="best"))
-    folder = model.parent
+    options = {"validation": True, "validate_every": 4, "steps": 40, "learning_rate": 0.05, "callbacks": callbacks}
+    model = run(make("run", **options, export="best"))
+    folder, err = model.parent, capsys.readouterr().err
     assert sorted(logged(folder)) == list(range(8))  # epochs of 4 steps: 4 was the best, 8 is no better
     losses = {int(step) + 1: float(loss) for step, loss in logged(folder, "validation/loss").items()}
     step = min(losses, key=losses.get)
@@ -133,7 +146,10 @@ def test_early_stopping_ends_a_run_whose_model_is_the_best_one(make):
     assert same(loaded, {name: best[f"backbone.{name}"] for name in loaded})
     assert same(loaded, {n: state["state_dict"][f"backbone.{n}"] for n in loaded}) == (step == 8)
     assert len(list((folder / "checkpoints" / "named").glob("*.ckpt"))) == 1
-    assert run(make("run", callbacks=callbacks, validation=True, steps=40, learning_rate=0.05, export="last")) == model
+    assert "xcomp: a callback ended the run after step 8\n" in err
+    assert (f"the model is that of step {step}, with the lowest validation loss" in err) == (step != 8)
+    assert json.loads((model / "xcomp.json").read_text())["tuned"]["steps"] == step
+    assert run(make("run", **options, export="last")) == model
     assert same(dict(xcomp.load_backbone("videochat_flash", checkpoint=str(model)).named_parameters()),
                 {n: state["state_dict"][f"backbone.{n}"] for n in loaded})  # fmt: skip
 
@@ -154,6 +170,8 @@ def test_early_stopping_ends_a_run_whose_model_is_the_best_one(make):
         ({"name": "nowhere:Mine"}, "'nowhere:Mine' cannot be imported: No module named 'nowhere'"),
         ({"name": "math:pi"}, "'math:pi' is no class derived from"),
         ({"name": "GradientAccumulationScheduler", "scheduling": {0: 2}}, "set trainer.accumulate_grad_batches"),
+        ({"name": "EMAWeightAveraging"}, "tune.export=best chooses the weights"),
+        ({"name": "EarlyStopping", "monitor": "train/distillation"}, "monitor is 'train/distillation'; .*metrics: "),
     ],
 )
 def test_a_callback_that_cannot_be_is_refused_before_anything_is_loaded(make, tmp_path, node, line):

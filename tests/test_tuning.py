@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -186,8 +187,85 @@ def test_a_run_stopped_before_its_model_was_written_writes_it(make):
 
 
 def test_a_trainer_option_that_fits_no_such_data_is_refused(make):
-    with pytest.raises(ConfigError, match="trainer: You requested to check 0.001 of the `train_dataloader`"):
-        run(make("run", {"trainer": {"limit_train_batches": 0.001}}))
+    with pytest.raises(ConfigError, match="trainer: You requested to check 0.001 of the `val_dataloader`"):
+        run(make("run", {"trainer": {"limit_val_batches": 0.001}}, validation=True))
+
+
+@pytest.mark.parametrize(
+    "trainer, tune, line",
+    [
+        ({"max_steps": 3}, {}, "trainer.max_steps is not for tuning: set tune.steps"),
+        ({"max_epochs": 1}, {}, "trainer.max_epochs is not for tuning: set tune.steps"),
+        ({"fast_dev_run": True}, {}, "trainer.fast_dev_run is not for tuning: set tune.steps"),
+        ({"max_time": "00:01:00:00"}, {}, "trainer.max_time is not for tuning: SIGTERM ends a run"),
+        ({"limit_train_batches": 2}, {}, "trainer.limit_train_batches is not for tuning: a source's sampling_strategy"),
+        ({"val_check_interval": 2}, {}, "trainer.val_check_interval is not for tuning: set tune.validate_every"),
+        ({"limit_val_batches": 0}, {"validation": True}, "limit_val_batches is 0, so nothing would be validated"),
+        ({}, {"validate_every": 2}, "tune.validate_every is 2, but tune.validation is empty"),
+        ({}, {"validate_every": 7, "validation": True}, "tune.validate_every is 7, but the run has 6 steps"),
+        ({}, {"validate_every": 0, "validation": True}, "tune.validate_every is 0; it must be"),
+    ],
+)
+def test_what_is_the_runs_own_business_is_refused_of_the_trainer(make, trainer, tune, line):
+    with pytest.raises(ConfigError, match=line):
+        run(make("run", {"trainer": trainer}, **tune))
+
+
+def test_validations_come_every_so_many_steps(make):
+    """However many batches a step has, and an epoch (4), and however short the run is."""
+    accumulated = {"trainer": {"accumulate_grad_batches": 2}}
+    folder = run(make("every", accumulated, validation=True, validate_every=3, batch_size=1)).parent
+    assert list(logged(folder, "validation/loss")) == [2, 5]  # Lightning's steps, from 0
+    assert list(logged(run(make("saved", validation=True, steps=5)).parent, "validation/loss")) == [1, 3]
+    assert list(logged(run(make("short", validation=True, steps=1)).parent, "validation/loss")) == [0]
+
+
+def test_the_validation_loss_is_the_mean_over_tokens_whatever_the_batches(make):
+    data = [*make("x")["tune"]["data"], {**make("x")["tune"]["data"][0], "tasks": ["describe"]}]  # long answers too
+    losses = []
+    for size in (1, 3):
+        top = {"trainer": {"num_sanity_val_steps": 0}}
+        folder = run(make(f"run-{size}", top, validation=data, batch_size=size, steps=1, learning_rate=1e-12)).parent
+        losses.append(float(logged(folder, "validation/loss")[0]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_with_its_checkpoints(make, tmp_path, capsys):
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump(make("run", steps=6, warmup_ratio=0, save_every=1)))
+    overrides = ["tune.learning_rate=1e30", "trainer.gradient_clip_val=0"]
+    assert main(["tune", str(tmp_path / "tune.yaml"), *overrides]) == 2
+    assert "is not finite; checkpoints before it are kept" in capsys.readouterr().err
+    folder = tmp_path / "runs" / "run"
+    assert not (folder / "model").exists() and checkpoints(folder)
+
+
+def test_a_model_that_nothing_tells_of_is_not_the_result(make):
+    content = make("run")
+    (Path(content["output"]) / "run" / "model").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds a model and no run.json; choose another 'name'"):
+        run(content)
+
+
+def test_weights_held_in_half_precision_are_told(make, capsys):
+    backbone = {**make("x")["backbone"], "dtype": "bfloat16"}
+    run(make("half", {"backbone": backbone}, steps=1))
+    assert "weights that are trained are held in bfloat16, where small steps round to none" in capsys.readouterr().err
+    run(make("whole", steps=1))
+    assert "round to none" not in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_own_records_only(make, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    rows = [{"conversations": [{"from": "human", "value": f"Q{i}"}, {"from": "gpt", "value": "A"}]} for i in range(4)]
+    data = [{"records": str(folder / "mine.json")}]
+    (folder / "mine.json").write_text(json.dumps(rows))
+    run(make("run", data=data, frames=[], steps=2))
+    (folder / "mine.json").write_text(json.dumps([*rows[1:], rows[0]]))
+    with pytest.raises(ConfigError, match=r"not those that it began with \(4 then, 4 now\); put them back"):
+        run(make("run", data=data, frames=[], steps=4))
+    (folder / "mine.json").write_text(json.dumps(rows))
+    run(make("run", data=data, frames=[], steps=4))
 
 
 def test_the_model_is_saved_in_the_type_asked_for(make):
@@ -232,7 +310,7 @@ def test_what_deepspeed_cannot_do_here_is_refused(make, monkeypatch, name, line)
 @pytest.mark.parametrize(
     "names, left",
     [
-        ("csv", {"metrics.csv"}),
+        ("csv", {"metrics.csv", "hparams.yaml"}),
         ("tensorboard", {"events", "hparams.yaml"}),
         (["csv", "tensorboard"], {"metrics.csv", "events", "hparams.yaml"}),
         ("none", set()),
@@ -257,7 +335,12 @@ def test_wandb_is_handed_to_lightning(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
     monkeypatch.setattr("xcomp.trainer.WandbLogger", logger)
     folder = run(make("run", {"trainer": {"logger": ["wandb", "none"]}}, steps=1)).parent
-    assert asked == {"name": "run", "save_dir": folder, "project": "xcomp"} and list(folder.glob("wandb/*/metrics.csv"))
+    run_id = asked.pop("id")
+    assert asked == {"name": "run", "save_dir": folder, "project": "xcomp", "resume": "allow"}
+    assert list(folder.glob("wandb/*/metrics.csv"))
+    asked.clear()
+    run(make("run", {"trainer": {"logger": [{"name": "wandb", "project": "mine", "entity": "us"}]}}, steps=2))
+    assert (asked["project"], asked["entity"], asked["id"], asked["name"]) == ("mine", "us", run_id, "run")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="it is there")
@@ -345,5 +428,6 @@ def test_too_many_records_that_are_no_good_end_a_run_which_may_go_on(make, damag
     assert main(["tune", str(tmp_path / "tune.yaml")]) == 2
     line = "2 of the 16 records of tune.data are left out, more than tune.max_skipped=0.1 allows; the last: "
     assert line in capsys.readouterr().err
+    assert main(["tune", str(tmp_path / "tune.yaml")]) == 2 and line in capsys.readouterr().err  # once more
     assert main(["tune", str(tmp_path / "tune.yaml"), "tune.max_skipped=0.5"]) == 0
     assert same(weights(tmp_path / "runs" / "run" / "model"), weights(whole))

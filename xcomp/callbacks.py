@@ -19,7 +19,14 @@ from xcomp.config import ConfigError, Tune
 from xcomp.memory import peak_bytes
 from xcomp.messages import nearest
 
-LOGGED = ("train/loss", "train/token_accuracy", "train/distillation", "validation/loss", "validation/token_accuracy")
+LOGGED = (
+    "train/loss",
+    "train/token_accuracy",
+    "train/distillation",
+    "train/gradient_norm",
+    "validation/loss",
+    "validation/token_accuracy",
+)
 MEASURED = ("tokens_per_second", "frames_per_second", "peak_memory_gb", "seconds_left")
 # What a run does itself: callbacks of Lightning's that would do it another way.
 INSTEAD = {
@@ -27,6 +34,11 @@ INSTEAD = {
     "LearningRateFinder": "set tune.learning_rate",
     "BatchSizeFinder": "set tune.batch_size",
     "LearningRateMonitor": "every run has one",
+    "Timer": "SIGTERM ends a run with a checkpoint",
+    # They change the weights after the last checkpoint, from which the model may have to be written.
+    **dict.fromkeys(
+        ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"), "tune.export=best chooses the weights"
+    ),
 }
 
 
@@ -44,7 +56,8 @@ def named_callbacks(tune: Tune, folder: Path) -> list[Callback]:
     for number, node in enumerate(tune.callbacks):
         monitor = node.get("monitor") if isinstance(node, Mapping) else None
         where = f"tune.callbacks[{number}]"
-        if monitor is not None and monitor not in (known := (*LOGGED, *MEASURED)) and not custom:
+        known = [name for name in (*LOGGED, *MEASURED) if tune.distillation or name != "train/distillation"]
+        if monitor is not None and monitor not in known and not custom:
             raise ConfigError(
                 f"{where}: monitor is {monitor!r};{nearest(str(monitor), known)} metrics: {', '.join(known)}"
             )

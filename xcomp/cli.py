@@ -86,7 +86,9 @@ def _quiet() -> None:
     """Hold back what Lightning says about hardware, products and itself; its other warnings are shown."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     of_itself = r"`isinstance\(treespec, LeafSpec\)`", "You have overridden `transfer_batch_to_device`"
-    for message in (*of_itself, "Checkpoint directory .* exists and is not empty"):  # a resumed run's does
+    # A resumed run's folder is not empty, and a run is counted in steps, not in batches of an epoch.
+    expected = "Checkpoint directory .* exists and is not empty", r"The number of training batches \(\d+\) is smaller"
+    for message in (*of_itself, *expected):
         warnings.filterwarnings("ignore", message)
 
 

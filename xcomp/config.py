@@ -168,6 +168,7 @@ class Tune:
     max_skipped: float = 0.01  # share of the records that may be left out because they, or their media, are no good
     gradient_checkpointing: bool = False
     save_every: int = 200  # steps between checkpoints one can resume from
+    validate_every: int | None = None  # steps between validations; default save_every, or once if there are fewer
     save_dtype: str | None = None  # dtype of the checkpoint folder that is written at the end; default as computed
     keep: int = 2  # newest checkpoints that are kept
     export: str = "last"  # the weights that are written at the end: last, or best by validation loss
@@ -512,6 +513,10 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         (config.tune.batch_size >= 1, f"tune.batch_size is {config.tune.batch_size}; it must be at least 1"),
         (config.tune.steps >= 1, f"tune.steps is {config.tune.steps}; it must be at least 1"),
         (config.tune.save_every >= 1, f"tune.save_every is {config.tune.save_every}; it must be at least 1"),
+        (
+            config.tune.validate_every is None or config.tune.validate_every >= 1,
+            f"tune.validate_every is {config.tune.validate_every}; it must be at least 1",
+        ),
         (config.tune.learning_rate > 0, f"tune.learning_rate is {config.tune.learning_rate}; it must be above 0"),
         (0 <= config.seed < 2**32, f"seed is {config.seed}; it must be 0..{2**32 - 1}"),
         (config.limit is None or config.limit >= 1, f"limit is {config.limit}; it must be at least 1"),

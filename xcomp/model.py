@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, ModuleDict, Parameter
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import get_total_norm
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 from transformers.generation import BaseStreamer
@@ -297,23 +298,39 @@ class VideoQA(L.LightningModule):
         curriculum, config = self.tune.curriculum, self.compressor.config
         if curriculum is None:
             return self._answers(batch)
-        first = config.start or self.backbone.tokens_per_frame
+        first = self.backbone.tokens_per_frame
+        if config.start is not None and config.schedule != "constant":
+            first = config.start
         end = end_at(curriculum, self.trainer.global_step, self.tune.steps, first, config.end)
         with eased(self.compressor, end):
             return self._answers(batch)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the means over a step's batches, of all ranks."""
+        """Log the means over a step's batches, of all ranks.
+
+        Raises:
+            ValueError: on all ranks, if a loss is not finite: the weights are still those of the step before.
+        """
+        losses = torch.stack([values["loss"] for values in self._of_step])
+        if self.trainer.strategy.reduce_boolean_decision(not bool(losses.isfinite().all()), all=False):
+            raise ValueError(
+                f"the loss of step {self.trainer.global_step + 1} is not finite; checkpoints before it are kept. A "
+                "lower tune.learning_rate, a longer tune.warmup_ratio or trainer.precision=bf16-mixed may help"
+            )
         for name in self._of_step[0]:
             mean = torch.stack([values[name] for values in self._of_step]).mean()
             self.log(f"train/{name}", mean, prog_bar=True, sync_dist=True)
         self._of_step.clear()
+        norm = get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        norm = norm.full_tensor() if is_sharded(self.trainer) else norm
+        self.log("train/gradient_norm", norm)  # before it is clipped; the same on all ranks
 
     def validation_step(self, batch: list[Sample], batch_idx: int) -> None:
         counted = [sample for sample in batch if sample.counted]
         found = self._loss(counted or batch)  # which ranks that hold a part of the model run together
+        tokens = sum(sample.text.num_labels for sample in counted)  # which batches they came in is of no account
         for name, value in zip(("loss", "token_accuracy"), found):
-            self.validation[name].update(value, weight=len(counted))
+            self.validation[name].update(value, weight=tokens)
             self.log(f"validation/{name}", self.validation[name], prog_bar=True, batch_size=len(batch))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

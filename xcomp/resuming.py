@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import PicklingError, UnpicklingError
 from types import FrameType
 from typing import Any
 
@@ -223,6 +224,21 @@ class StepSeed(Callback):
         torch.manual_seed(hash((self.seed, number)) & 0x7FFFFFFF)
 
 
+def _check_states(trainer: L.Trainer) -> None:
+    """ConfigError if a callback's state would make checkpoints that are not read again."""
+    for callback in trainer.callbacks:
+        content = BytesIO()
+        try:
+            torch.save(callback.state_dict(), content)
+            content.seek(0)
+            torch.load(content, weights_only=True)
+        except (PicklingError, UnpicklingError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"callback {type(callback).__name__} has a state of more than tensors, numbers and text, so that no "
+                f"checkpoint with it could be resumed from: {str(error).splitlines()[0]}"
+            ) from error
+
+
 class StepCheckpoints(Checkpoint):
     """A checkpoint every so many optimizer steps, at the last one, and where a run is stopped.
 
@@ -265,8 +281,10 @@ class StepCheckpoints(Checkpoint):
         for count in self._loop["epoch_progress"].values():  # current and total
             count["ready"] = count["started"] = count["processed"] + 1  # we are within an epoch
         checkpoint["loops"]["fit_loop"] = self._loop
+        _check_states(trainer)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        _check_states(trainer)
         if trainer.ckpt_path:
             newest = Path(trainer.ckpt_path)
             found = _checkpoints(self.folder.parent)

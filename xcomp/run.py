@@ -38,7 +38,7 @@ FREE_KEYS = {
         *("limit", "memory", "selector", *REPORT_KEYS),
         *("tune.gradient_checkpointing", "tune.num_workers", "tune.save_dtype", "tune.save_every", "tune.steps"),
         *("tune.export", "tune.keep", "tune.lora.merge", "tune.max_skipped"),
-        *("tune.validation", "trainer.limit_val_batches", "trainer.num_sanity_val_steps"),
+        *("tune.validation", "tune.validate_every", "trainer.limit_val_batches", "trainer.num_sanity_val_steps"),
         *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"),
         *("trainer.enable_checkpointing", "trainer.default_root_dir", "trainer.profiler"),
         *("trainer.accelerator", "backbone.device"),
@@ -246,9 +246,6 @@ def make_trainer(given: Mapping[str, Any], **defaults: Any) -> Trainer:
         if key not in known:
             raise ConfigError(f"trainer has no option '{key}';{nearest(str(key), known)} see lightning.Trainer")
     _check_nodes(given.get("num_nodes", 1))
-    accumulated = given.get("accumulate_grad_batches", 1)
-    if type(accumulated) is not int or accumulated < 1:
-        raise ConfigError(f"trainer.accumulate_grad_batches is {accumulated!r}; it must be a whole number, at least 1")
     _end_with_launcher()
     try:
         trainer = Trainer(**{**defaults, **given})

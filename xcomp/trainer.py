@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -15,12 +17,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from xcomp.callbacks import Throughput, named_callbacks
-from xcomp.config import ConfigError, RunConfig
+from xcomp.config import ConfigError, RunConfig, Tune
 from xcomp.messages import nearest
 from xcomp.resuming import StepCheckpoints, StepSeed, StopAtStep, WholeCheckpoints
 from xcomp.run import make_trainer
 
 LOGGERS = ("csv", "tensorboard", "wandb", "none")
+# Of the Trainer: how long a run is and what it goes over is the configuration's own business, and the schedule's.
+INSTEAD = {
+    **dict.fromkeys(("max_steps", "min_steps", "max_epochs", "min_epochs", "fast_dev_run"), "set tune.steps"),
+    "max_time": "SIGTERM ends a run with a checkpoint that the same command resumes from",
+    **dict.fromkeys(("limit_train_batches", "overfit_batches"), "a source's sampling_strategy takes a part of it"),
+    **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch"), "set tune.validate_every"),
+}
 BAR = {  # what the progress bar tells first, in few letters: a terminal has 80
     "train/loss": "loss {:.3f}",
     "tokens_per_second": "{:,.0f} tok/s",
@@ -39,6 +48,14 @@ DEEPSPEED = (
 def tuning_trainer(config: RunConfig, stop: StopAtStep, steps: int) -> L.Trainer:
     """The Trainer of a tuning run of ``steps``; ``config.trainer`` overrides its arguments."""
     given = {name: value for name, value in config.trainer.items() if name != "logger"}
+    for key, instead in INSTEAD.items():
+        if key in given:
+            raise ConfigError(f"trainer.{key} is not for tuning: {instead}")
+    if config.tune.validation and given.get("limit_val_batches", 1) == 0:
+        raise ConfigError("trainer.limit_val_batches is 0, so nothing would be validated; take tune.validation out")
+    accumulated = given.get("accumulate_grad_batches", 1)
+    if type(accumulated) is not int or accumulated < 1:
+        raise ConfigError(f"trainer.accumulate_grad_batches is {accumulated!r}; it must be a whole number, at least 1")
     given["strategy"] = _strategy(given, config.tune.train)
     loggers = _loggers(config)
     named = named_callbacks(config.tune, config.folder)
@@ -62,10 +79,22 @@ def tuning_trainer(config: RunConfig, stop: StopAtStep, steps: int) -> L.Trainer
         plugins=[WholeCheckpoints()],
         default_root_dir=config.folder,
         limit_val_batches=1.0 if config.tune.validation else 0,
+        check_val_every_n_epoch=None,
+        val_check_interval=_validate_every(config.tune) * accumulated,  # batches of a rank
         enable_model_summary=False,
         log_every_n_steps=10,
     )
     return trainer
+
+
+def _validate_every(tune: Tune) -> int:
+    """Steps between validations. ConfigError where none would be run."""
+    every = tune.validate_every
+    if every is not None and not tune.validation:
+        raise ConfigError(f"tune.validate_every is {every}, but tune.validation is empty; list validation records")
+    if every is not None and every > tune.steps:
+        raise ConfigError(f"tune.validate_every is {every}, but the run has {tune.steps} steps: none is validated")
+    return every or min(tune.save_every, tune.steps)
 
 
 def _strategy(given: dict[str, Any], train: list[str]) -> Any:
@@ -114,30 +143,40 @@ def _check_deepspeed(name: str, given: dict[str, Any]) -> None:
 
 
 def _loggers(config: RunConfig) -> list[Logger]:
-    """What ``trainer.logger`` names: one or a list of ``LOGGERS``; true: CSV and TensorBoard; false: none."""
+    """What ``trainer.logger`` names: one or a list of ``LOGGERS``; true: CSV and TensorBoard; false: none.
+
+    ``{name: wandb, …}``: with arguments of ``wandb.init``.
+    """
     given = config.trainer.get("logger", True)
-    names = ["csv", "tensorboard"] if given is True else given or []
-    names = list(names) if isinstance(names, (list, tuple)) else [names]
-    for name in names:
-        if name not in LOGGERS:
-            hint = nearest(str(name), LOGGERS)
-            raise ConfigError(f"trainer.logger is {name!r};{hint} loggers: {', '.join(LOGGERS)}, or a list of them")
+    nodes = ["csv", "tensorboard"] if given is True else given or []
+    nodes = list(nodes) if isinstance(nodes, (list, tuple)) else [nodes]
+    options: dict[str, Any] = {}
+    for number, node in enumerate(nodes):
+        if isinstance(node, Mapping) and node.get("name") == "wandb":
+            nodes[number], options = "wandb", {key: value for key, value in node.items() if key != "name"}
+        elif node not in LOGGERS:
+            raise ConfigError(
+                f"trainer.logger is {node!r};{nearest(str(node), LOGGERS)} loggers: {', '.join(LOGGERS)}, or a list of "
+                "them; wandb alone has options: {name: wandb, project: …}"
+            )
     # A folder for each start: the CSV logger deletes what it finds.
     where = {"name": "logs", "version": len(list(config.folder.glob("logs/version_*")))}
     made: dict[str, Any] = {
         "csv": lambda: CSVLogger(config.folder, **where, flush_logs_every_n_steps=1),  # kills leave no gap
         "tensorboard": lambda: TensorBoardLogger(config.folder, **where),
-        "wandb": lambda: _wandb(config),
+        "wandb": lambda: _wandb(config, options),
     }
-    return [made[name]() for name in dict.fromkeys(names) if name != "none"]
+    return [made[name]() for name in dict.fromkeys(nodes) if name != "none"]
 
 
-def _wandb(config: RunConfig) -> Logger:
+def _wandb(config: RunConfig, options: dict[str, Any]) -> Logger:
+    """One W&B run for a run folder, however often it is resumed."""
     try:
         importlib.import_module("wandb")
     except ImportError as error:
         raise ConfigError(f"trainer.logger 'wandb' needs the package wandb ({error}): pip install wandb") from error
-    return WandbLogger(name=config.name, save_dir=config.folder, project="xcomp")
+    own = {"project": "xcomp", "id": hashlib.sha256(str(config.folder.resolve()).encode()).hexdigest()[:16]}
+    return WandbLogger(**{**own, "resume": "allow", **options, "name": config.name, "save_dir": config.folder})
 
 
 class StepBar(ProgressBar):

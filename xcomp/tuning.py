@@ -23,6 +23,7 @@ from xcomp.checkpoint import save_compressor, whole_folder
 from xcomp.config import ConfigError, RunConfig, split_component
 from xcomp.contract import check_methods
 from xcomp.data.module import ConversationData
+from xcomp.data.records import KINDS
 from xcomp.data.skipped import FILE as SKIPPED
 from xcomp.data.sources import MissingData
 from xcomp.model import VideoQA
@@ -67,6 +68,7 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
     folder = config.folder
     resume = _resume(config, trainer)
     data = _read_data(config, trainer.is_global_zero)
+    records = _check_records(folder, data)
     model = VideoQA.from_config(config)
     check_methods("backbone", model.backbone, "follow_up", "parts", "save_pretrained")  # before hours of work
     if is_sharded(trainer):
@@ -79,7 +81,11 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
             clear_leftovers(folder)
             _note_tuned(folder)
         open_run(config, "tune")
+        note_run(folder, records=records)
         _tell(config, resume)
+        _tell_rounding(model)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config.written())
         data.note_refused()
     try:
         with signals(*stop.SIGNALS):
@@ -90,28 +96,33 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
         data.close()
         if trainer.is_global_zero:
             _tell_skipped(data)
-    if stop.number is not None and trainer.checkpoint_callbacks:  # in the last step, after which one was written
+    stopped = trainer.strategy.reduce_boolean_decision(stop.number is not None, all=False)
+    if stopped and trainer.checkpoint_callbacks:  # in the last step, after which one was written
         raise stop.stopped(trainer)
     gather(model)
     if trainer.is_global_zero:
-        if config.tune.export == "best":
-            _take_best(model, folder)
-        _save_model(model, config, trainer.global_step)
+        step = _take_best(model, folder) if config.tune.export == "best" else trainer.global_step
+        _save_model(model, config, step)
         ended = {"ended": trainer.global_step} if trainer.global_step < config.tune.steps else {}
+        if ended:
+            print(f"xcomp: a callback ended the run after step {trainer.global_step}", file=sys.stderr)
+        if step != trainer.global_step:
+            print(f"xcomp: the model is that of step {step}, with the lowest validation loss", file=sys.stderr)
         note_run(folder, tuned=_saved(config) | ended)
     trainer.strategy.barrier()
 
 
 @torch.no_grad()
-def _take_best(model: VideoQA, folder: Path) -> None:
-    """Give a model whose parameters are whole those with the lowest validation loss."""
+def _take_best(model: VideoQA, folder: Path) -> int:
+    """Give a model whose parameters are whole those with the lowest validation loss; the step that they are of."""
     path = best_checkpoint(folder)
     if path is None:
         raise ConfigError(f"tune.export is best, but no validation has run in '{folder}'; take tune.export=last")
-    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
+    best = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     for name, parameter in model.named_parameters():
-        if name in state:
-            parameter.copy_(state[name])
+        if name in best["state_dict"]:
+            parameter.copy_(best["state_dict"][name])
+    return best["global_step"]
 
 
 def _save_model(model: VideoQA, config: RunConfig, step: int) -> None:
@@ -147,13 +158,25 @@ def _read_data(config: RunConfig, tell: bool) -> ConversationData:
             print(f"xcomp: {line}", file=sys.stderr)
         raise
     for where, records in data.records.items() if tell else ():
-        lines = [*(f"missing, and left out: {line}" for line in records.missing), *records.notes]
+        kinds = ", ".join(f"{records.kinds[kind]:,} {kind}" for kind in KINDS if records.kinds[kind])
+        lines = [f"{len(records.conversations):,} records ({kinds})"]
+        lines += [*(f"missing, and left out: {line}" for line in records.missing), *records.notes]
         if records.refused:
             first = records.refused[0].reason
             lines.append(f"{len(records.refused)} records are refused and left out (see {SKIPPED}), the first: {first}")
         for line in lines:
             print(f"xcomp: {'tune.data' if where == 'train' else 'tune.validation'}: {line}", file=sys.stderr)
     return data
+
+
+def _tell_rounding(model: VideoQA) -> None:
+    half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if half:
+        print(
+            f"xcomp: weights that are trained are held in {str(half.pop()).removeprefix('torch.')}, where small steps "
+            "round to none; backbone.dtype=float32 with trainer.precision=bf16-mixed computes in it alone",
+            file=sys.stderr,
+        )
 
 
 def _tell_skipped(data: ConversationData) -> None:
@@ -170,8 +193,12 @@ def _tell_skipped(data: ConversationData) -> None:
 def _is_tuned(config: RunConfig) -> bool:
     """Whether the run folder's model is the one asked for: ``tune.steps`` may have changed since it was written."""
     folder = config.folder
-    if not (folder / "model").is_dir() or not (folder / "run.json").is_file():
-        return (folder / "model").is_dir()
+    if not (folder / "model").is_dir():
+        return False
+    if not (folder / "run.json").is_file():
+        raise ConfigError(
+            f"run folder '{folder}' holds a model and no run.json; choose another 'name', or delete the folder"
+        )
     tuned = _tuned(folder)
     return all(tuned.get(name, value) == value for name, value in _saved(config).items())
 
@@ -224,6 +251,20 @@ def _resume(config: RunConfig, trainer: L.Trainer) -> Resume | None:
             f"trainer.accumulate_grad_batches={accumulated}); devices times accumulate_grad_batches must stay {before}"
         )
     return resume
+
+
+def _check_records(folder: Path, data: ConversationData) -> dict[str, Any]:
+    """What run.json says of the training records. ConfigError if it says something else."""
+    records = data.records["train"]
+    now = {"number": len(records.conversations), "digest": records.digest}
+    if (folder / "run.json").is_file():
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("records", now)
+        if before != now:
+            raise ConfigError(
+                f"run folder '{folder}': the records of tune.data are not those that it began with "
+                f"({before['number']:,} then, {now['number']:,} now); put them back, or choose another 'name'"
+            )
+    return now
 
 
 def _tell(config: RunConfig, resume: Resume | None) -> None:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from xcomp.adapters import base_checkpoint
 from xcomp.answering import Answerer, Query
 from xcomp.backbone import Backbone, ShownVideo
 from xcomp.benchmark import Benchmark, Question, multiple_choice_prompt
@@ -90,6 +91,8 @@ class QuestionCost:
 def skeleton(node: Any, plugins: Sequence[str]) -> Backbone:
     """A backbone of a node's shapes, without weights (``device: meta``)."""
     name, options = split_component("backbone", node)
+    if (base := base_checkpoint(options.get("checkpoint"))) is not None:  # adapters change no shape
+        options = {**options, "checkpoint": base}
     return build_component("backbone", {"name": name, **options, "device": "meta"}, plugins).eval()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from xcomp.adapters import base_checkpoint
 from xcomp.backbone import Backbone, Prompt, ShownVideo
 from xcomp.checkpoint import find_folder, read_json, weight_files
 from xcomp.config import ConfigError, build_component, split_component
@@ -34,6 +35,8 @@ def missing_weights(node: Any) -> str | None:
 @lru_cache(maxsize=64)  # asking the hub takes seconds
 def _missing(checkpoint: str) -> str | None:
     try:
+        if (base := base_checkpoint(checkpoint)) is not None:  # adapters
+            return _missing(base)
         folder = find_folder(checkpoint, weights=False)
         if os.path.exists(checkpoint):  # of the hub's only the description was fetched
             weight_files(folder)

@@ -291,11 +291,12 @@ class ConversationData(L.LightningDataModule):
         return Skipped(self.config.folder, name, int(share * total), total, share)
 
     def note_refused(self) -> None:
-        """Write down what was refused as it was read, into the run folder."""
+        """Write down what was refused as it was read, into the run folder. ConfigError if too much is left out."""
         for name, records in self.records.items():
             skipped = self.skipped(name)
             for refused in records.refused:
                 skipped.add(refused)
+            skipped.check()  # those of a run that is resumed
 
     @property
     def pool(self) -> DecodingPool:

@@ -124,6 +124,9 @@ def parse_record(
     texts = _opening(turns, where, video, images)
     span = _span(record, where, video)
     duration = record.get("duration")
+    if duration is not None and not (_is_number(duration) and duration > 0):
+        notes["'duration' is not a number above 0, and not read"] += 1
+        duration = None
     joined = "" if media_type in ("text", "mix") else root
     questions = [_PLACE.sub("", turns[0][0]).strip(), *(question for question, _ in turns[1:])]
     return Conversation(
@@ -133,7 +136,7 @@ def parse_record(
         texts=texts,
         span=span,
         read_type=_read_type(read_type or record.get("video_read_type") or "decord", where),
-        duration=duration if _is_number(duration) and duration > 0 else None,
+        duration=duration,
         where=where,
     )
 
@@ -202,16 +205,23 @@ def _turns(record: Mapping[str, Any], where: str, notes: Counter[str]) -> list[t
                 raise ConfigError(f"{where}: a turn's '{key}' is not supported; every answer counts alike")
             if key not in ("from", "value", "role", "content"):
                 notes[f"a turn's key '{key}' is not read"] += 1
-    said = [(t.get("from") or t.get("role"), t.get("value") or t.get("content")) for t in turns]
-    said = [(_ROLES.get(role, role) if isinstance(role, str) else role, text) for role, text in said]
+        for pair in (("from", "role"), ("value", "content")):
+            if len({_ROLES.get(turn[key], turn[key]) for key in pair if isinstance(turn.get(key), str)}) > 1:
+                raise ConfigError(f"{where}: a turn's '{pair[0]}' and '{pair[1]}' differ; give one of them")
+    written = [t.get("from") or t.get("role") for t in turns]
+    said = [
+        (_ROLES.get(r, r) if isinstance(r, str) else r, t.get("value") or t.get("content"))
+        for r, t in zip(written, turns)
+    ]
     if said and said[0][0] != "user":
         notes[f"first turn from {said[0][0]!r} is dropped"] += 1
         said = said[1:]
     roles, texts = [role for role, _ in said], [text for _, text in said]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise ConfigError(f"{where}: turns must alternate between human and gpt and end with an answer, not {roles}")
+        given = ", ".join(map(str, written)) or "none"
+        raise ConfigError(f"{where}: turns must alternate between human and gpt and end with an answer, not be {given}")
     if not all(isinstance(text, str) and text for text in texts):
-        raise ConfigError(f"{where}: every turn must have a text in 'value' or 'content', not {texts!r:.200}")
+        raise ConfigError(f"{where}: every turn must have a text, not an empty one, in 'value' or 'content'")
     texts = [text.replace(_NOISE, "") for text in texts]
     if not all(answer.strip() for answer in texts[1::2]):
         raise ConfigError(f"{where}: an answer is blank, so there is nothing to learn from it")

@@ -24,14 +24,16 @@ class Skipped:
         self.most, self.total, self.share = most, total, share
         self.source = "tune.data" if name == "train" else f"tune.{name}"
         self.known: dict[str, str] = {}
-        if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    entry = json.loads(line)
-                    if entry["set"] == name:
-                        self.known[entry["record"]] = entry["reason"]
-                except (ValueError, KeyError, TypeError):
-                    continue
+        self._read()
+
+    def _read(self) -> None:
+        for line in self.path.read_text(encoding="utf-8").split("\n") if self.path.is_file() else ():
+            try:
+                entry = json.loads(line)
+                if entry["set"] == self.name:
+                    self.known[entry["record"]] = entry["reason"]
+            except (ValueError, KeyError, TypeError):
+                continue
 
     def __contains__(self, where: str) -> bool:
         return where in self.known
@@ -47,11 +49,17 @@ class Skipped:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab", buffering=0) as file:  # one write: lines of several processes do not mix
                 file.write(("" if self._ends_a_line() else "\n").encode() + (json.dumps(entry) + "\n").encode())
+            self._read()  # what other processes have left out
+        self.check()
+
+    def check(self) -> None:
+        """ConfigError if there are more than may be."""
         if len(self) > self.most:
+            *_, last = self.known.values()
             raise ConfigError(
-                f"{len(self)} of the {self.total} records of {self.source} are "
-                f"left out, more than tune.max_skipped={self.share:g} allows; the last: {refused.reason}; all of them "
-                f"are in {self.path}"
+                f"{len(self)} of the {self.total} records of {self.source} are left out, more than "
+                f"tune.max_skipped={self.share:g} allows; the last: {last}; all of them are in {self.path}, and one "
+                "whose line is deleted there is tried again"
             )
 
     def _ends_a_line(self) -> bool:

@@ -6,6 +6,7 @@ data_root, video_read_type, media_type}``.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
@@ -61,12 +62,21 @@ class Records:
     conversations: list[Conversation] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # data sets, one line each
+    empty: list[str] = field(default_factory=list)
     told: dict[str, list[int]] = field(default_factory=dict)  # what → of how many records, in how many data sets
 
     @property
     def notes(self) -> list[str]:
         """What is not taken, or not read, of the records: one line each."""
         return [f"{what}: {records} records in {sets} data sets" for what, (records, sets) in self.told.items()]
+
+    @property
+    def digest(self) -> str:
+        """Of all that a run's steps follow from; which file a record stands in is not among it."""
+        found = hashlib.sha256()
+        for conversation in self.conversations:
+            found.update(repr(replace(conversation, where="")).encode())
+        return found.hexdigest()[:16]
 
     @property
     def kinds(self) -> Counter[str]:
@@ -130,7 +140,8 @@ def read_records(
             raise MissingData(f"{refuse[0]}; {ways_out}", ())
         raise MissingData(f"{len(refuse)} data sets of {where} are missing, as listed; {ways_out}", refuse)
     if not found.conversations and not found.refused:
-        raise MissingData(f"there are no records; '{where}' lists where they come from", found.missing)
+        nothing = [*found.missing, *found.empty]
+        raise MissingData(f"there are no records; '{where}' lists where they come from", nothing)
     total = len(found.conversations) + len(found.refused)
     if len(found.refused) > max_skipped * total:
         first, others = found.refused[0], len(found.refused) - 1
@@ -322,6 +333,9 @@ def _read_data_set(
             found.missing.append(f"{data_set.name}: '{data_set.path}' {_absence(data_set.path)}")
             return
         rows = select(list(_read_file(Path(data_set.path))), data_set, source)
+        if not rows:
+            found.empty.append(f"{data_set.name}: '{data_set.path}' has no records ({data_set.strategy})")
+            return
     kinds, notes = source.get("kinds") or KINDS, Counter()
     taken, refused, left_out = [], [], 0
     for place, record in rows:
@@ -344,7 +358,8 @@ def _read_data_set(
         except ConfigError as error:
             refused.append(Refused(place, str(error)))
     wanted = [conversation for conversation in taken if conversation.kind in kinds]
-    if (lacking := _lacking_media(wanted, data_set.root)) and "benchmark" not in source:
+    joined = "" if data_set.media_type in ("text", "mix") else data_set.root
+    if (lacking := _lacking_media(wanted, joined)) and "benchmark" not in source:
         found.missing.append(f"{data_set.name}: {lacking}")
         return
     options = {**source, **data_set.options}
