@@ -202,8 +202,8 @@ def test_a_trainer_option_that_fits_no_such_data_is_refused(make):
         ({"val_check_interval": 2}, {}, "trainer.val_check_interval is not for tuning: set tune.validate_every"),
         ({"limit_val_batches": 0}, {"validation": True}, "limit_val_batches is 0, so nothing would be validated"),
         ({}, {"validate_every": 2}, "tune.validate_every is 2, but tune.validation is empty"),
-        ({}, {"validate_every": 7, "validation": True}, "tune.validate_every is 7, but the run has 6 steps"),
-        ({}, {"validate_every": 0, "validation": True}, "tune.validate_every is 0; it must be"),
+        ({}, {"validate_every": 7, "validation": True}, r"validate_every is 7; it .*, and at most tune.steps \(6\)"),
+        ({}, {"validate_every": 0, "validation": True}, "tune.validate_every is 0; it must be at least 1"),
     ],
 )
 def test_what_is_the_runs_own_business_is_refused_of_the_trainer(make, trainer, tune, line):
@@ -218,6 +218,28 @@ def test_validations_come_every_so_many_steps(make):
     assert list(logged(folder, "validation/loss")) == [2, 5]  # Lightning's steps, from 0
     assert list(logged(run(make("saved", validation=True, steps=5)).parent, "validation/loss")) == [1, 3]
     assert list(logged(run(make("short", validation=True, steps=1)).parent, "validation/loss")) == [0]
+
+
+def test_a_validation_that_a_run_ended_in_is_run_when_it_goes_on(make, monkeypatch):
+    options = {"validation": True, "steps": 6, "validate_every": 2}
+    top = {"trainer": {"num_sanity_val_steps": 0}}
+    whole = run(make("whole", top, **options)).parent
+    validate, batches = VideoQA.validation_step, []
+
+    def validation_step(self, batch, batch_idx):
+        batches.append(batch_idx)
+        if len(batches) == 6:  # in the second one
+            raise RuntimeError("power cut")
+        return validate(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoQA, "validation_step", validation_step)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(make("run", top, **options))
+    resumed = run(make("run", top, **options)).parent
+    assert list(logged(whole, "validation/loss")) == [1, 3, 5]
+    assert logged(resumed, "validation/loss") == logged(whole, "validation/loss")
+    assert same(weights(resumed / "model"), weights(whole / "model"))
 
 
 def test_the_validation_loss_is_the_mean_over_tokens_whatever_the_batches(make):

@@ -178,13 +178,14 @@ class Tune:
     lora: Lora | None = None
     curriculum: Curriculum | None = None
     distillation: Distillation | None = None
-    quirks: list[str] = field(
-        default_factory=list
-    )  # what the released training does and the paper does not say: QUIRKS
+    quirks: list[str] = field(default_factory=list)  # what the released training does and the paper does not say
     learning_rates: dict[str, float] = field(default_factory=dict)  # part → rate, where it is not learning_rate
-    schedule: str = (
-        "cosine"  # of the learning rate, after the warm-up: cosine, linear (both to 0), constant, inverse_sqrt
-    )
+    schedule: str = "cosine"  # of the rate, after the warm-up: cosine, linear (both to 0), constant, inverse_sqrt
+
+    @property
+    def steps_between_validations(self) -> int | None:
+        """None where there is nothing to validate on."""
+        return (self.validate_every or min(self.save_every, self.steps)) if self.validation else None
 
 
 @dataclass
@@ -514,8 +515,13 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         (config.tune.steps >= 1, f"tune.steps is {config.tune.steps}; it must be at least 1"),
         (config.tune.save_every >= 1, f"tune.save_every is {config.tune.save_every}; it must be at least 1"),
         (
-            config.tune.validate_every is None or config.tune.validate_every >= 1,
-            f"tune.validate_every is {config.tune.validate_every}; it must be at least 1",
+            config.tune.validate_every is None or 1 <= config.tune.validate_every <= config.tune.steps,
+            f"tune.validate_every is {config.tune.validate_every}; it must be at least 1, and at most tune.steps "
+            f"({config.tune.steps})",
+        ),
+        (
+            config.tune.validate_every is None or bool(config.tune.validation),
+            f"tune.validate_every is {config.tune.validate_every}, but tune.validation is empty; list its records",
         ),
         (config.tune.learning_rate > 0, f"tune.learning_rate is {config.tune.learning_rate}; it must be above 0"),
         (0 <= config.seed < 2**32, f"seed is {config.seed}; it must be 0..{2**32 - 1}"),

@@ -242,8 +242,9 @@ def _check_states(trainer: L.Trainer) -> None:
 class StepCheckpoints(Checkpoint):
     """A checkpoint every so many optimizer steps, at the last one, and where a run is stopped.
 
-    The ``keep`` newest are kept (the second in case a disk loses the newest); while one is written there is another. A
-    signal in a validation has one written at once; the validation then runs to its end, and is not run again.
+    The ``keep`` newest are kept (the second in case a disk loses the newest); while one is written there is another.
+    Where a validation is due, it comes first, so that a run that goes on lacks none. A signal in a validation has one
+    written at once; the validation then runs to its end, and is not run again.
 
     The weights with the lowest ``validation/loss`` so far are kept too, without optimizer states.
     """
@@ -251,6 +252,7 @@ class StepCheckpoints(Checkpoint):
     def __init__(self, folder: Path, tune: Tune, stop: StopAtStep):
         self.folder, self.stop = folder / CHECKPOINTS, stop
         self.every, self.steps, self.keep = tune.save_every, tune.steps, tune.keep
+        self.validate_every = tune.steps_between_validations
         self.kept: list[Path] = []  # the newest last
         self.validation = json.dumps(tune.validation, sort_keys=True)
         self._loop: dict[str, Any] = {}
@@ -298,8 +300,8 @@ class StepCheckpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self._loop = trainer.fit_loop.state_dict()  # as a run goes on from; within a validation Lightning's is not
-        step = trainer.global_step
-        if self.stop.between and (step % self.every == 0 or step == trainer.max_steps or self.stop.due):
+        validates = self.validate_every is not None and trainer.global_step % self.validate_every == 0
+        if self.stop.between and (self.stop.due or (self._is_due(trainer) and not validates)):
             self._save(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -311,21 +313,29 @@ class StepCheckpoints(Checkpoint):
         before = best_checkpoint(self.folder.parent)
         # Rounded as in the name, so that a validation that is run again is no better than it was.
         lower = before is None or float(f"{loss:.6g}") < float(BEST.fullmatch(before.name)[2])
-        if trainer.sanity_checking or not math.isfinite(loss) or not trainer.strategy.broadcast(lower):
+        if trainer.sanity_checking:
             return
-        trainer.save_checkpoint(
-            self.folder / f"best-step={trainer.global_step}-loss={loss:.6g}.ckpt", weights_only=True
-        )
-        if before is not None and trainer.is_global_zero:
-            before.unlink()
+        if math.isfinite(loss) and trainer.strategy.broadcast(lower):
+            trainer.save_checkpoint(
+                self.folder / f"best-step={trainer.global_step}-loss={loss:.6g}.ckpt", weights_only=True
+            )
+            if before is not None and trainer.is_global_zero:
+                before.unlink()
+        if self._is_due(trainer) or self.stop.due:
+            self._save(trainer, again=True)  # with what callbacks made of the validation
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.stop.between:  # also where a callback ended the run
             self._save(trainer)
 
-    def _save(self, trainer: L.Trainer) -> None:
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        return trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps
+
+    def _save(self, trainer: L.Trainer, *, again: bool = False) -> None:
         path = self.folder / f"step={trainer.global_step}.ckpt"
         if path in self.kept:
+            if again:
+                trainer.save_checkpoint(path, weights_only=False)
             return
         self._tidy(trainer, max(1, self.keep - 1))
         trainer.save_checkpoint(path, weights_only=False)

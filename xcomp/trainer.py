@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from xcomp.callbacks import Throughput, named_callbacks
-from xcomp.config import ConfigError, RunConfig, Tune
+from xcomp.config import ConfigError, RunConfig
 from xcomp.messages import nearest
 from xcomp.resuming import StepCheckpoints, StepSeed, StopAtStep, WholeCheckpoints
 from xcomp.run import make_trainer
@@ -80,21 +80,11 @@ def tuning_trainer(config: RunConfig, stop: StopAtStep, steps: int) -> L.Trainer
         default_root_dir=config.folder,
         limit_val_batches=1.0 if config.tune.validation else 0,
         check_val_every_n_epoch=None,
-        val_check_interval=_validate_every(config.tune) * accumulated,  # batches of a rank
+        val_check_interval=(config.tune.steps_between_validations or 1) * accumulated,  # batches of a rank
         enable_model_summary=False,
         log_every_n_steps=10,
     )
     return trainer
-
-
-def _validate_every(tune: Tune) -> int:
-    """Steps between validations. ConfigError where none would be run."""
-    every = tune.validate_every
-    if every is not None and not tune.validation:
-        raise ConfigError(f"tune.validate_every is {every}, but tune.validation is empty; list validation records")
-    if every is not None and every > tune.steps:
-        raise ConfigError(f"tune.validate_every is {every}, but the run has {tune.steps} steps: none is validated")
-    return every or min(tune.save_every, tune.steps)
 
 
 def _strategy(given: dict[str, Any], train: list[str]) -> Any:

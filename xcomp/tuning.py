@@ -23,7 +23,6 @@ from xcomp.checkpoint import save_compressor, whole_folder
 from xcomp.config import ConfigError, RunConfig, split_component
 from xcomp.contract import check_methods
 from xcomp.data.module import ConversationData
-from xcomp.data.records import KINDS
 from xcomp.data.skipped import FILE as SKIPPED
 from xcomp.data.sources import MissingData
 from xcomp.model import VideoQA
@@ -158,9 +157,7 @@ def _read_data(config: RunConfig, tell: bool) -> ConversationData:
             print(f"xcomp: {line}", file=sys.stderr)
         raise
     for where, records in data.records.items() if tell else ():
-        kinds = ", ".join(f"{records.kinds[kind]:,} {kind}" for kind in KINDS if records.kinds[kind])
-        lines = [f"{len(records.conversations):,} records ({kinds})"]
-        lines += [*(f"missing, and left out: {line}" for line in records.missing), *records.notes]
+        lines = [*(f"missing, and left out: {line}" for line in records.missing), *records.notes]
         if records.refused:
             first = records.refused[0].reason
             lines.append(f"{len(records.refused)} records are refused and left out (see {SKIPPED}), the first: {first}")
@@ -256,7 +253,7 @@ def _resume(config: RunConfig, trainer: L.Trainer) -> Resume | None:
 def _check_records(folder: Path, data: ConversationData) -> dict[str, Any]:
     """What run.json says of the training records. ConfigError if it says something else."""
     records = data.records["train"]
-    now = {"number": len(records.conversations), "digest": records.digest}
+    now = {"number": len(records.conversations), "kinds": dict(records.kinds), "digest": records.digest}
     if (folder / "run.json").is_file():
         before = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("records", now)
         if before != now:
