@@ -9,12 +9,13 @@ several GPUs, say), each process takes the next arm that no other is at; the las
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from xcomp.compare.arms import resolve_arms
+from xcomp.compare.arms import ResolvedArm, resolve_arms
 from xcomp.compare.runner import compare
-from xcomp.config import Curriculum, Distillation, load_config
+from xcomp.config import Curriculum, Distillation, RunConfig, load_config
 from xcomp.run import RunInUse
 from xcomp.tuning import tune
 
@@ -22,22 +23,27 @@ from xcomp.tuning import tune
 MORE = {"curriculum": {"curriculum": Curriculum()}, "distillation": {"distillation": Distillation()}}
 
 
+def tune_arms(config: RunConfig, arms: Sequence[ResolvedArm]) -> list[str]:
+    """Tune what is not tuned yet; where others are at it, a line each."""
+    elsewhere = []
+    for arm in sorted(arms, key=lambda arm: arm.seed):  # so that a run that is cut short has whole seeds
+        model = Path(arm.backbone["checkpoint"])
+        more = next((more for word, more in MORE.items() if word in arm.name), {})
+        own = {"compressor": arm.compressor, "seed": arm.seed, "arms": [], "reference": None}
+        own |= {"output": str(model.parent.parent), "name": model.parent.name}
+        try:
+            tune(replace(config, **own, tune=replace(config.tune, **more)))
+            print(f"{arm.name}: {model}", flush=True)
+        except RunInUse as error:
+            elsewhere.append(str(error))
+    return elsewhere
+
+
 def main() -> None:
     config = load_config("tiny_model/table_2", sys.argv[1:])
-    arms, elsewhere = [arm for arm in resolve_arms(config) if arm.seed is not None], []
-    for seed in sorted({arm.seed for arm in arms}):  # so that a run that is cut short has whole seeds
-        for arm in arms:
-            if arm.seed == seed:
-                model = Path(arm.backbone["checkpoint"])
-                more = next((more for word, more in MORE.items() if word in arm.name), {})
-                own = {"compressor": arm.compressor, "seed": seed, "arms": [], "reference": None}
-                own |= {"output": str(model.parent.parent), "name": model.parent.name}
-                try:
-                    tune(replace(config, **own, tune=replace(config.tune, **more)))
-                    print(f"{arm.name}: {model}", flush=True)
-                except RunInUse as error:
-                    elsewhere.append(str(error))
-    if elsewhere:
+    arms = [arm for arm in resolve_arms(config) if arm.seed is not None]
+    tune_arms(config, arms)
+    if elsewhere := tune_arms(config, arms):  # what others were at, they may have ended or left by now
         sys.exit(f"nothing is left to tune here; not compared yet: {'; '.join(elsewhere)}")
     compare(config)
 
