@@ -89,7 +89,7 @@ def test_a_signal_stops_tuning_with_a_checkpoint_after_the_step(
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_signal_in_a_validation_has_a_checkpoint_written_at_once(make, monkeypatch, batch):
     """The time that a batch system gives may be over before the validation is."""
-    whole, stopped = make("whole", validation=True), make("stopped", validation=True)
+    whole, stopped = (make(name, validation=True, validate_every=4) for name in ("whole", "stopped"))
     assert main(["tune", str(whole[0])]) == 0
     validate, there = VideoQA.validation_step, []
 
