@@ -1,5 +1,6 @@
 """LoRA: what it trains, what its checkpoints and models hold, and that merged weights compute the same."""
 
+import json
 from functools import partial
 
 import pytest
@@ -10,6 +11,8 @@ from tuning_runs import checkpoints, logged, same, tuning_config, weights
 
 import xcomp
 from xcomp.adapters import add_adapters, merge_adapters
+from xcomp.compare.forecast import skeleton
+from xcomp.compare.stand_in import missing_weights
 from xcomp.config import ConfigError, Lora, parse_config
 from xcomp.decoder import Decoder
 from xcomp.model import VideoQA
@@ -126,6 +129,19 @@ def test_a_model_of_adapters_may_be_tuned_further(make):
         {n: own[n].round(decimals=5) for n in own},
         {n: p.round(decimals=5) for n, p in backbone_of(model).named_parameters()},
     )
+
+
+def test_adapters_can_be_forecast(make, tiny_checkpoint, tmp_path):
+    """Their shapes, and whether their weights are there, are those of what they were tuned from."""
+    model = run(make("run", lora={"rank": 2}, steps=1))
+    node = {"name": "videochat_flash", "checkpoint": str(model)}
+    assert missing_weights(node) is None
+    shapes, own = skeleton(node, []), backbone_of(tiny_checkpoint)
+    assert {n: p.shape for n, p in shapes.named_parameters()} == {n: p.shape for n, p in own.named_parameters()}
+    record = json.loads((model / "xcomp.json").read_text())
+    (model / "xcomp.json").write_text(json.dumps({**record, "base": str(tmp_path / "gone")}))
+    missing_weights.__globals__["_missing"].cache_clear()
+    assert "gone" in missing_weights(node)
 
 
 def test_adapters_on_adapters_are_read_to_the_ground(make):

@@ -91,7 +91,7 @@ class QuestionCost:
 def skeleton(node: Any, plugins: Sequence[str]) -> Backbone:
     """A backbone of a node's shapes, without weights (``device: meta``)."""
     name, options = split_component("backbone", node)
-    if (base := base_checkpoint(options.get("checkpoint"))) is not None:  # adapters change no shape
+    while (base := base_checkpoint(options.get("checkpoint"))) is not None:  # adapters change no shape
         options = {**options, "checkpoint": base}
     return build_component("backbone", {"name": name, **options, "device": "meta"}, plugins).eval()
 
