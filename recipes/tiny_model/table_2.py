@@ -19,8 +19,12 @@ from xcomp.config import Curriculum, Distillation, RunConfig, load_config
 from xcomp.run import RunInUse
 from xcomp.tuning import tune
 
-# What an arm's tuning has beside its compressor, by a word of its name.
-MORE = {"curriculum": {"curriculum": Curriculum()}, "distillation": {"distillation": Distillation()}}
+# What an arm's tuning has beside its compressor, by words of its name.
+MORE = {
+    "curriculum": {"curriculum": Curriculum()},
+    "distillation": {"distillation": Distillation()},
+    "for 1,200 steps": {"steps": 1200},
+}
 
 
 def tune_arms(config: RunConfig, arms: Sequence[ResolvedArm]) -> list[str]:
