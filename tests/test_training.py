@@ -171,6 +171,7 @@ def test_early_stopping_ends_a_run_whose_model_is_the_best_one(make, capsys):
         ({"name": "math:pi"}, "'math:pi' is no class derived from"),
         ({"name": "GradientAccumulationScheduler", "scheduling": {0: 2}}, "set trainer.accumulate_grad_batches"),
         ({"name": "EMAWeightAveraging"}, "tune.export=best chooses the weights"),
+        ({"name": "lightning.pytorch.callbacks:EMAWeightAveraging"}, "tune.export=best chooses the weights"),
         ({"name": "EarlyStopping", "monitor": "train/distillation"}, "monitor is 'train/distillation'; .*metrics: "),
     ],
 )

@@ -261,6 +261,35 @@ def test_a_loss_that_is_not_finite_ends_a_run_with_its_checkpoints(make, tmp_pat
     assert not (folder / "model").exists() and checkpoints(folder)
 
 
+def test_a_gradient_that_is_not_finite_ends_a_run_before_it_reaches_the_weights(make, monkeypatch):
+    train = VideoQA.training_step
+
+    def training_step(self, batch, batch_idx):
+        loss = train(self, batch, batch_idx)
+        weight = next(p for p in self.parameters() if p.requires_grad)
+        return loss + (0 * weight).sqrt().sum() if self.trainer.global_step == 1 else loss  # finite, but not its slope
+
+    monkeypatch.setattr(VideoQA, "training_step", training_step)
+    with pytest.raises(ValueError, match="the loss or the gradient of step 2 is not finite; checkpoints before it"):
+        run(make("run", steps=4, save_every=1))
+    folder = Path(make("x")["output"]) / "run"
+    state = torch.load(folder / "checkpoints" / "step=1.ckpt", weights_only=True)["state_dict"]
+    assert all(tensor.isfinite().all() for tensor in state.values()) and checkpoints(folder) == ["step=1.ckpt"]
+
+
+def test_the_gradients_norm_is_logged(make, monkeypatch):
+    norms, clip = [], VideoQA.configure_gradient_clipping
+
+    def clipping(self, optimizer, *args, **kwargs):
+        gradients = torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None])
+        norms.append(gradients.square().sum().sqrt().item())
+        return clip(self, optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(VideoQA, "configure_gradient_clipping", clipping)
+    found = logged(run(make("run", steps=3)).parent, "train/gradient_norm")
+    assert [float(found[step]) for step in range(3)] == pytest.approx(norms, rel=1e-4)
+
+
 def test_a_model_that_nothing_tells_of_is_not_the_result(make):
     content = make("run")
     (Path(content["output"]) / "run" / "model").mkdir(parents=True)
@@ -284,10 +313,28 @@ def test_a_run_goes_on_with_its_own_records_only(make, tmp_path):
     (folder / "mine.json").write_text(json.dumps(rows))
     run(make("run", data=data, frames=[], steps=2))
     (folder / "mine.json").write_text(json.dumps([*rows[1:], rows[0]]))
-    with pytest.raises(ConfigError, match=r"not those that it began with \(4 then, 4 now\); put them back"):
+    with pytest.raises(ConfigError, match=r"not those that it began with \(4 then, 4 now, of other content"):
         run(make("run", data=data, frames=[], steps=4))
     (folder / "mine.json").write_text(json.dumps(rows))
     run(make("run", data=data, frames=[], steps=4))
+
+
+def test_records_may_be_mended_before_the_first_checkpoint(make, tmp_path, capsys):
+    good = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    bad = {
+        "video": "broken.mp4",
+        "conversations": [{"from": "human", "value": "<video>Q"}, {"from": "gpt", "value": "A"}],
+    }
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "empty.json").write_text("[]")
+    data = [{"records": str(tmp_path / name), "root": str(tmp_path)} for name in ("mine.json", "empty.json")]
+    (tmp_path / "mine.json").write_text(json.dumps([good, good, bad]))
+    with pytest.raises(ConfigError, match="1 of the 3 records of tune.data are left out"):
+        run(make("run", data=data, frames=[], steps=3, max_skipped=0, batch_size=3))
+    assert "tune.data[1]: " in capsys.readouterr().err  # no records there
+    (tmp_path / "mine.json").write_text(json.dumps([good, good, good]))
+    (tmp_path / "runs" / "run" / "skipped.jsonl").unlink()
+    run(make("run", data=data, frames=[], steps=3, max_skipped=0, batch_size=3))
 
 
 def test_the_model_is_saved_in_the_type_asked_for(make):
@@ -346,23 +393,50 @@ def test_loggers_by_name(make, names, left):
     assert {name.partition(".")[0] if name.startswith("events") else name for name in found} == left
 
 
-def test_wandb_is_handed_to_lightning(make, monkeypatch):
-    """Its own package is not needed for the test: any logger of Lightning's will do."""
-    asked = {}
+class StandIn(CSVLogger):
+    """In place of W&B's, whose package is not needed for the test."""
 
-    def logger(**options):
-        asked.update(options)
-        return CSVLogger(options["save_dir"], name="wandb")
+    asked: dict = {}
 
-    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
-    monkeypatch.setattr("xcomp.trainer.WandbLogger", logger)
+    def __init__(self, **options):
+        StandIn.asked = options
+        super().__init__(options["save_dir"], name="wandb", version=options["id"])
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    package = ModuleType("wandb")
+    package.init = lambda project=None, entity=None, dir=None, id=None, name=None, resume=None: None
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.setattr("xcomp.trainer.WandbLogger", StandIn)
+
+
+def test_wandb_is_handed_to_lightning(make, wandb):
+    """With one id for a run folder, however often it is resumed."""
     folder = run(make("run", {"trainer": {"logger": ["wandb", "none"]}}, steps=1)).parent
-    run_id = asked.pop("id")
-    assert asked == {"name": "run", "save_dir": folder, "project": "xcomp", "resume": "allow"}
-    assert list(folder.glob("wandb/*/metrics.csv"))
-    asked.clear()
+    run_id = StandIn.asked["id"]
+    assert StandIn.asked == {
+        "name": "run", "save_dir": folder, "project": "xcomp", "id": run_id, "resume": "allow",
+    }  # fmt: skip
+    assert list(folder.glob("wandb/*/metrics.csv")) and json.loads((folder / "run.json").read_text())["wandb"] == run_id
     run(make("run", {"trainer": {"logger": [{"name": "wandb", "project": "mine", "entity": "us"}]}}, steps=2))
-    assert (asked["project"], asked["entity"], asked["id"], asked["name"]) == ("mine", "us", run_id, "run")
+    assert [StandIn.asked[key] for key in ("project", "entity", "id", "name")] == ["mine", "us", run_id, "run"]
+    run(make("other", {"trainer": {"logger": "wandb"}}, steps=1))
+    assert StandIn.asked["id"] != run_id
+
+
+@pytest.mark.parametrize(
+    "logger, line",
+    [
+        ([{"name": "wandb", "project": "a"}, {"name": "wandb", "project": "b"}], "trainer.logger is {.*'b'}; loggers"),
+        ({"name": "wandb", "dir": "/x"}, "wandb.init has no 'dir' to set"),
+        ({"name": "wandb", "entitty": "us"}, "wandb.init has no 'entitty' to set; did you mean 'entity'"),
+        ({"name": "csv", "flush": 3}, "wandb alone has options"),
+    ],
+)
+def test_options_of_loggers_that_cannot_be_are_refused(make, wandb, logger, line):
+    with pytest.raises(ConfigError, match=line):
+        run(make("run", {"trainer": {"logger": logger}}, steps=1))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="it is there")

@@ -70,9 +70,9 @@ def _callback(node: Any, where: str, folder: Path) -> Callback:
     if not isinstance(node, Mapping) or not isinstance(node.get("name"), str):
         raise ConfigError(f"{where} is {node!r}; it must be a mapping with 'name' and the callback's arguments")
     name, options = node["name"], {key: value for key, value in node.items() if key != "name"}
-    if name in INSTEAD:
-        raise ConfigError(f"{where}: {name} does what a tuning run does itself; {INSTEAD[name]}")
     made = _class(name, where)
+    if done := next((of for of in INSTEAD if issubclass(made, getattr(of_lightning, of))), None):
+        raise ConfigError(f"{where}: {done} does what a tuning run does itself; {INSTEAD[done]}")
     parameters = inspect.signature(made).parameters
     known = [p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
     if len(known) == len(parameters) and (wrong := next((key for key in options if key not in known), None)):

@@ -306,24 +306,29 @@ class VideoQA(L.LightningModule):
             return self._answers(batch)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the means over a step's batches, of all ranks.
+        """Log the means over a step's batches, of all ranks, and the norm of the gradient before it is clipped.
 
         Raises:
-            ValueError: on all ranks, if a loss is not finite: the weights are still those of the step before.
+            ValueError: on all ranks, if a loss or the gradient is not finite: the weights are still those of the step
+                before. With ``16-mixed`` the Trainer passes over steps whose gradient is not.
         """
-        losses = torch.stack([values["loss"] for values in self._of_step])
-        if self.trainer.strategy.reduce_boolean_decision(not bool(losses.isfinite().all()), all=False):
+        found = [values["loss"] for values in self._of_step]
+        norm = get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        norm = norm.full_tensor() if is_sharded(self.trainer) else norm
+        if self.trainer.precision != "16-mixed":
+            found.append(norm)
+        finite = bool(torch.stack([value.to(norm.device) for value in found]).isfinite().all())
+        if self.trainer.strategy.reduce_boolean_decision(not finite, all=False):
             raise ValueError(
-                f"the loss of step {self.trainer.global_step + 1} is not finite; checkpoints before it are kept. A "
-                "lower tune.learning_rate, a longer tune.warmup_ratio or trainer.precision=bf16-mixed may help"
+                f"the loss or the gradient of step {self.trainer.global_step + 1} is not finite; checkpoints before it "
+                "are kept. Under another 'name', a lower tune.learning_rate, a longer tune.warmup_ratio or "
+                "trainer.precision=bf16-mixed may help"
             )
         for name in self._of_step[0]:
             mean = torch.stack([values[name] for values in self._of_step]).mean()
             self.log(f"train/{name}", mean, prog_bar=True, sync_dist=True)
         self._of_step.clear()
-        norm = get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        norm = norm.full_tensor() if is_sharded(self.trainer) else norm
-        self.log("train/gradient_norm", norm)  # before it is clipped; the same on all ranks
+        self.log("train/gradient_norm", norm)
 
     def validation_step(self, batch: list[Sample], batch_idx: int) -> None:
         counted = [sample for sample in batch if sample.counted]

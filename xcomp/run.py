@@ -39,6 +39,9 @@ FREE_KEYS = {
         *("tune.gradient_checkpointing", "tune.num_workers", "tune.save_dtype", "tune.save_every", "tune.steps"),
         *("tune.export", "tune.keep", "tune.lora.merge", "tune.max_skipped"),
         *("tune.validation", "tune.validate_every", "trainer.limit_val_batches", "trainer.num_sanity_val_steps"),
+        # Refused by now; of runs that were begun before.
+        *("trainer.val_check_interval", "trainer.check_val_every_n_epoch", "trainer.max_time"),
+        *("trainer.max_steps", "trainer.min_steps", "trainer.max_epochs", "trainer.min_epochs"),
         *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger", "trainer.log_every_n_steps"),
         *("trainer.enable_checkpointing", "trainer.default_root_dir", "trainer.profiler"),
         *("trainer.accelerator", "backbone.device"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
+import inspect
+import json
 import math
+import secrets
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -142,7 +145,7 @@ def _loggers(config: RunConfig) -> list[Logger]:
     nodes = list(nodes) if isinstance(nodes, (list, tuple)) else [nodes]
     options: dict[str, Any] = {}
     for number, node in enumerate(nodes):
-        if isinstance(node, Mapping) and node.get("name") == "wandb":
+        if isinstance(node, Mapping) and node.get("name") == "wandb" and not options:
             nodes[number], options = "wandb", {key: value for key, value in node.items() if key != "name"}
         elif node not in LOGGERS:
             raise ConfigError(
@@ -160,13 +163,26 @@ def _loggers(config: RunConfig) -> list[Logger]:
 
 
 def _wandb(config: RunConfig, options: dict[str, Any]) -> Logger:
-    """One W&B run for a run folder, however often it is resumed."""
+    """One W&B run for a run folder, however often it is resumed: run.json keeps its id (:func:`wandb_id`)."""
     try:
-        importlib.import_module("wandb")
+        wandb = importlib.import_module("wandb")
     except ImportError as error:
         raise ConfigError(f"trainer.logger 'wandb' needs the package wandb ({error}): pip install wandb") from error
-    own = {"project": "xcomp", "id": hashlib.sha256(str(config.folder.resolve()).encode()).hexdigest()[:16]}
-    return WandbLogger(**{**own, "resume": "allow", **options, "name": config.name, "save_dir": config.folder})
+    known = [name for name in inspect.signature(wandb.init).parameters if name not in ("name", "dir")]
+    if wrong := next((key for key in options if key not in known), None):
+        raise ConfigError(f"trainer.logger: wandb.init has no '{wrong}' to set;{nearest(wrong, known)} see wandb.init")
+    own = {"project": "xcomp", "id": _noted(config.folder).get("wandb") or secrets.token_hex(8), "resume": "allow"}
+    return WandbLogger(**own | options, name=config.name, save_dir=config.folder)
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def wandb_id(trainer: L.Trainer) -> str | None:
+    """Of the W&B run that a Trainer logs to, if it does."""
+    return next((str(logger.version) for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
 
 
 class StepBar(ProgressBar):

@@ -32,7 +32,7 @@ from xcomp.resuming import Resume, StopAtStep, best_checkpoint, clear_leftovers,
 from xcomp.run import check_run, flat, hold_run, note_run, open_run
 from xcomp.sharding import check_sharded, gather, is_sharded
 from xcomp.stopping import signals
-from xcomp.trainer import tuning_trainer
+from xcomp.trainer import tuning_trainer, wandb_id
 
 # Options of ``tune`` that decide what model is written, and may change on resuming.
 SAVED = ("steps", "save_dtype", "export", "lora.merge")
@@ -67,7 +67,7 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
     folder = config.folder
     resume = _resume(config, trainer)
     data = _read_data(config, trainer.is_global_zero)
-    records = _check_records(folder, data)
+    records = _check_records(folder, data, begun=resume is not None)
     model = VideoQA.from_config(config)
     check_methods("backbone", model.backbone, "follow_up", "parts", "save_pretrained")  # before hours of work
     if is_sharded(trainer):
@@ -81,6 +81,8 @@ def _tune(config: RunConfig, trainer: L.Trainer, stop: StopAtStep) -> None:
             _note_tuned(folder)
         open_run(config, "tune")
         note_run(folder, records=records)
+        if (run_id := wandb_id(trainer)) is not None:
+            note_run(folder, wandb=run_id)
         _tell(config, resume)
         _tell_rounding(model)
         for logger in trainer.loggers:
@@ -157,7 +159,8 @@ def _read_data(config: RunConfig, tell: bool) -> ConversationData:
             print(f"xcomp: {line}", file=sys.stderr)
         raise
     for where, records in data.records.items() if tell else ():
-        lines = [*(f"missing, and left out: {line}" for line in records.missing), *records.notes]
+        lines = [f"missing, and left out: {line}" for line in records.missing]
+        lines += [*records.empty, *records.notes]
         if records.refused:
             first = records.refused[0].reason
             lines.append(f"{len(records.refused)} records are refused and left out (see {SKIPPED}), the first: {first}")
@@ -250,16 +253,17 @@ def _resume(config: RunConfig, trainer: L.Trainer) -> Resume | None:
     return resume
 
 
-def _check_records(folder: Path, data: ConversationData) -> dict[str, Any]:
-    """What run.json says of the training records. ConfigError if it says something else."""
+def _check_records(folder: Path, data: ConversationData, *, begun: bool) -> dict[str, Any]:
+    """What run.json says of the training records. ConfigError if it says something else of a run that has ``begun``."""
     records = data.records["train"]
     now = {"number": len(records.conversations), "kinds": dict(records.kinds), "digest": records.digest}
-    if (folder / "run.json").is_file():
+    if begun:
         before = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("records", now)
         if before != now:
             raise ConfigError(
                 f"run folder '{folder}': the records of tune.data are not those that it began with "
-                f"({before['number']:,} then, {now['number']:,} now); put them back, or choose another 'name'"
+                f"({before['number']:,} then, {now['number']:,} now, of other content or in another order); put them "
+                "back, or choose another 'name'"
             )
     return now
 
