@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/xcomp compare demo_choose
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 # Contracts, parity and all pairs of plugins on CUDA; the reference vectors of parity are looked for in XCOMP_GOLDEN.
 test-gpu: $(INSTALLED)
