@@ -319,6 +319,16 @@ def test_a_run_goes_on_with_its_own_records_only(make, tmp_path):
     run(make("run", data=data, frames=[], steps=4))
 
 
+def test_a_run_whose_description_is_gone_goes_on(make, stop_before):
+    restore = stop_before(5)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(make("run"))
+    restore()
+    folder = Path(make("x")["output"]) / "run"
+    (folder / "run.json").unlink()
+    assert same(weights(run(make("run"))), weights(run(make("whole"))))
+
+
 def test_records_may_be_mended_before_the_first_checkpoint(make, tmp_path, capsys):
     good = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
     bad = {

@@ -313,11 +313,14 @@ class VideoQA(L.LightningModule):
                 before. With ``16-mixed`` the Trainer passes over steps whose gradient is not.
         """
         found = [values["loss"] for values in self._of_step]
-        norm = get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        norm = norm.full_tensor() if is_sharded(self.trainer) else norm
-        if self.trainer.precision != "16-mixed":
-            found.append(norm)
-        finite = bool(torch.stack([value.to(norm.device) for value in found]).isfinite().all())
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if gradients:  # DeepSpeed holds them elsewhere
+            norm = get_total_norm(gradients)
+            norm = norm.full_tensor() if is_sharded(self.trainer) else norm
+            self.log("train/gradient_norm", norm)
+            if self.trainer.precision != "16-mixed":
+                found.append(norm.to(found[0].device))
+        finite = bool(torch.stack(found).isfinite().all())
         if self.trainer.strategy.reduce_boolean_decision(not finite, all=False):
             raise ValueError(
                 f"the loss or the gradient of step {self.trainer.global_step + 1} is not finite; checkpoints before it "
@@ -328,7 +331,6 @@ class VideoQA(L.LightningModule):
             mean = torch.stack([values[name] for values in self._of_step]).mean()
             self.log(f"train/{name}", mean, prog_bar=True, sync_dist=True)
         self._of_step.clear()
-        self.log("train/gradient_norm", norm)
 
     def validation_step(self, batch: list[Sample], batch_idx: int) -> None:
         counted = [sample for sample in batch if sample.counted]

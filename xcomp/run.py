@@ -174,10 +174,15 @@ def open_run(config: RunConfig, command: str, **extra: Any) -> Path:
 
 def note_run(folder: Path, **facts: Any) -> None:
     """Add facts to a run's description, in place of those of the same name."""
-    path = folder / "run.json"
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = noted(folder)
     if {**before, **facts} != before:
-        write_atomically(path, json.dumps({**before, **facts}, indent=1))
+        write_atomically(folder / "run.json", json.dumps({**before, **facts}, indent=1))
+
+
+def noted(folder: Path) -> dict[str, Any]:
+    """A run's description; empty where there is none."""
+    path = folder / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def check_run(config: RunConfig, command: str) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import math
 import secrets
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -23,7 +21,7 @@ from xcomp.callbacks import Throughput, named_callbacks
 from xcomp.config import ConfigError, RunConfig
 from xcomp.messages import nearest
 from xcomp.resuming import StepCheckpoints, StepSeed, StopAtStep, WholeCheckpoints
-from xcomp.run import make_trainer
+from xcomp.run import make_trainer, noted
 
 LOGGERS = ("csv", "tensorboard", "wandb", "none")
 # Of the Trainer: how long a run is and what it goes over is the configuration's own business, and the schedule's.
@@ -171,13 +169,8 @@ def _wandb(config: RunConfig, options: dict[str, Any]) -> Logger:
     known = [name for name in inspect.signature(wandb.init).parameters if name not in ("name", "dir")]
     if wrong := next((key for key in options if key not in known), None):
         raise ConfigError(f"trainer.logger: wandb.init has no '{wrong}' to set;{nearest(wrong, known)} see wandb.init")
-    own = {"project": "xcomp", "id": _noted(config.folder).get("wandb") or secrets.token_hex(8), "resume": "allow"}
+    own = {"project": "xcomp", "id": noted(config.folder).get("wandb") or secrets.token_hex(8), "resume": "allow"}
     return WandbLogger(**own | options, name=config.name, save_dir=config.folder)
-
-
-def _noted(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def wandb_id(trainer: L.Trainer) -> str | None:

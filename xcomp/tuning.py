@@ -6,7 +6,6 @@ checkpoint folder that ``checkpoint:`` in any configuration can name.
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,7 +28,7 @@ from xcomp.model import VideoQA
 from xcomp.recorded import write_record
 from xcomp.registry import configure
 from xcomp.resuming import Resume, StopAtStep, best_checkpoint, clear_leftovers, newest_checkpoint
-from xcomp.run import check_run, flat, hold_run, note_run, open_run
+from xcomp.run import check_run, flat, hold_run, note_run, noted, open_run
 from xcomp.sharding import check_sharded, gather, is_sharded
 from xcomp.stopping import signals
 from xcomp.trainer import tuning_trainer, wandb_id
@@ -209,7 +208,7 @@ def _saved(config: RunConfig) -> dict[str, Any]:
 
 def _tuned(folder: Path) -> dict[str, Any]:
     """``SAVED`` of the model that is there: noted once it was written, else as the run was started."""
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    run = noted(folder)
     return run.get("tuned") or {"export": "last", **flat(run["config"]["tune"])}
 
 
@@ -258,7 +257,7 @@ def _check_records(folder: Path, data: ConversationData, *, begun: bool) -> dict
     records = data.records["train"]
     now = {"number": len(records.conversations), "kinds": dict(records.kinds), "digest": records.digest}
     if begun:
-        before = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("records", now)
+        before = noted(folder).get("records", now)
         if before != now:
             raise ConfigError(
                 f"run folder '{folder}': the records of tune.data are not those that it began with "

@@ -130,7 +130,7 @@ def read_records(
         name = f"{where}[{number}]"
         _check_source(source, name)
         before = len(found.missing)
-        for data_set in _data_sets(source, name):
+        for data_set in list(_data_sets(source, name)):  # all are checked before the first is read
             _read_data_set(data_set, source, name, plugins, sampling, found)
         if not source.get("allow_missing", False):
             refuse += found.missing[before:]
